@@ -39,9 +39,9 @@ $(STAMP): requirements.lock requirements-3.10.lock settings.ini setup.py
 		echo "No Python 3.10, 3.11 or 3.12 with the venv module was found in PATH." >&2; \
 		echo "Install one (Debian: apt install python3.11 python3.11-venv), or name it: make setup PYTHON=/path/to/python3.11" >&2; \
 		exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "$(PYTHON) is not a Python 3.10, 3.11 or 3.12; name another: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
-		echo "$(VENV) holds $$($(BIN)/python --version); this project needs 3.10 to 3.12. Remove $(VENV) and try again." >&2; exit 1; }
 	@lock=$$($(BIN)/python -c 'import sys; print("requirements-3.10.lock" if sys.version_info < (3, 11) else "requirements.lock")'); \
 		echo "Installing $$lock into $(VENV); this takes some minutes"; \
 		$(BIN)/python -m pip install --quiet -r $$lock

@@ -30,6 +30,7 @@ MAX_FILE_MB = 8  # any tracked file
 MAX_MINI_MB = 60  # the folder data/mini
 TEST_MINUTES = 15  # one notebook
 TAIL = 40  # lines of output shown when a check fails
+CLEAN_CURE = "run `make notebooks NB=<the notebook>`, or `nbdev_clean` where only metadata is wrong"
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
 # A path of the machine a notebook ran on. Not preceded by what would make it part of a URL or of a relative path.
 MACHINE_PATH = re.compile(
@@ -156,15 +157,17 @@ def check_clean() -> str:
     problems = []
     with tempfile.TemporaryDirectory() as tmp:
         copy = copy_to(tmp)
+        for path in notebooks():
+            try:
+                problems += [f"{path} {problem}" for problem in untidy(json.loads((ROOT / path).read_bytes()))]
+            except (ValueError, KeyError) as error:
+                problems.append(f"{path} is not a notebook: {error}")
+        fail_if(problems, CLEAN_CURE)
         output = expect(run(BIN / "nbdev_clean", cwd=copy), "nbdev_clean failed")
         if "Failed to clean" in output:  # it only warns and goes on
             raise CheckError(f"nbdev_clean failed\n{tail(output)}")
-        for path in notebooks():
-            stored = (ROOT / path).read_bytes()
-            if stored != (copy / path).read_bytes():
-                problems.append(f"{path}: nbdev_clean changes it")
-            problems += [f"{path} {problem}" for problem in untidy(json.loads(stored))]
-    fail_if(problems, "run `make notebooks NB=...` or `nbdev_clean`")
+        problems = [f"{path}: nbdev_clean changes it" for path in notebooks() if (ROOT / path).read_bytes() != (copy / path).read_bytes()]
+    fail_if(problems, CLEAN_CURE)
     return f"{len(notebooks())} notebooks"
 
 
@@ -216,6 +219,8 @@ def check_parameters() -> str:
             elif tagged:
                 count += 1
                 problems += [f"{path}: {p}" for p in parameter_problems(copy / path, text_of(tagged[0]["source"]))]
+                if path.parts[1] == "pretrain" and "retrain" not in papermill.inspect_notebook(str(copy / path)):
+                    problems.append(f"{path} lacks the parameter retrain, which `make pretrain` sets")
     fail_if(problems)
     return f"{count} notebooks with parameters"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -31,9 +32,10 @@ def execute(nb, folder: Path) -> None:
     def remember(cell, cell_index):
         at[0] = cell_index
 
-    client = NotebookClient(
-        nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, on_cell_execute=remember
-    )
+    # Encrypted only because the kernel would otherwise print a warning for each notebook.
+    config = Config({"KernelManager": {"transport_encryption": "auto"}})
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(nb, timeout=None, kernel_name="python3", resources=resources, on_cell_execute=remember, config=config)
     try:
         client.execute()
     except (CellControlSignal, DeadKernelError) as error:  # the first is the base of execution errors and time-outs
@@ -46,9 +48,9 @@ def overwrite(text: str) -> str:
 
 
 def tidy(nb) -> None:
-    "Remove stderr, widgets, progress bars and papermill's traces from `nb`"
+    "Remove stderr, widgets, progress bars and the traces of papermill and jupytext from `nb`"
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for key in ("papermill", "widgets"):
+    for key in ("papermill", "widgets", "jupytext"):
         nb.metadata.pop(key, None)
     for cell in nb.cells:
         cell.metadata.pop("papermill", None)
