@@ -8,7 +8,7 @@ __all__ = ['SCALES', 'MINI_COMMAND', 'HUB_STUDENTS', 'TEACHERS', 'SOURCE_FILES',
            'in_cache', 'data_folder', 'missing_data', 'missing_models', 'missing', 'MissingError', 'require',
            'versions', 'commit', 'file_hash', 'Record', 'start_record', 'pick_device']
 
-# %% ../nbs/00_experiment.ipynb #198563fb
+# %% ../nbs/00_experiment.ipynb #0a57dc9b
 import ctypes, hashlib, json, platform, socket, subprocess, time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,28 +18,30 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# %% ../nbs/00_experiment.ipynb #4bf84170
+# %% ../nbs/00_experiment.ipynb #20a93dfa
 def repo_root() -> Path: # the folder that holds settings.ini, nbs/ and data/
     "The repository's root, from the working directory upward, or from where the package is installed in place."
     start = [Path.cwd(), *Path.cwd().parents]
     if '__file__' in globals(): start.append(Path(__file__).resolve().parents[1])
     for folder in start:
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
-    raise FileNotFoundError('No folder with settings.ini and nbs/ at or above the working directory: run from inside a clone of the repository.')
+    raise FileNotFoundError('No folder with settings.ini and nbs/ at or above the working directory: '
+                            'run from inside a clone of the repository.')
 
 def from_root(path) -> Path:
     "A path as given if absolute, else below the repository's root."
     return repo_root()/Path(path).expanduser()
 
-# %% ../nbs/00_experiment.ipynb #762956d0
+# %% ../nbs/00_experiment.ipynb #17f06fc3
 SCALES = {
-    'mini': dict(teacher='mini', data='mini', n_pairs=10_000, lam=30., grad='sds', weighting='sigma2', lr=3e-3, map_lr=3e-3, warmup=.1, steps=1000,
-                 map_steps=300, precision='no', eval_every=0),
-    'paper': dict(teacher='sd-v1-4', data='coco', n_pairs=None, lam=.001, grad='exact', weighting='one', lr=5e-5, map_lr=5e-5, warmup=.02, steps=18_485,
-                  map_steps=1000, precision='fp16', eval_every=1000),  # 5 epochs of COCO's 118,287 images in batches of 32
+    'mini': dict(teacher='mini', data='mini', n_pairs=10_000, lam=30., grad='sds', weighting='sigma2', lr=3e-3, map_lr=3e-3, warmup=.1,
+                 steps=500, map_steps=300, precision='no', eval_every=0),
+    'paper': dict(teacher='sd-v1-4', data='coco', n_pairs=None, lam=.001, grad='exact', weighting='one', lr=5e-5, map_lr=5e-5, warmup=.02,
+                  steps=18_485,  # 5 epochs of COCO's 118,287 images in batches of 32
+                  map_steps=1000, precision='fp16', eval_every=1000),
 }
 
-# %% ../nbs/00_experiment.ipynb #5ab724ef
+# %% ../nbs/00_experiment.ipynb #51acbe40
 class Experiment(BaseModel):
     "Settings of one fine-tuning run. `None` means: the scale's default (`SCALES`)."
     model_config = ConfigDict(extra='forbid', validate_assignment=False)
@@ -82,10 +84,11 @@ class Experiment(BaseModel):
         for k, v in SCALES[self.scale].items():
             if k == 'n_pairs' and self.data not in (None, SCALES[self.scale]['data']): continue  # another source: all of it
             if getattr(self, k) is None: setattr(self, k, v)
-        if not 0 <= self.timesteps[0] <= self.timesteps[1] <= 999: raise ValueError(f'timesteps={self.timesteps}: give (first, last) with 0 <= first <= last <= 999')
+        if not 0 <= self.timesteps[0] <= self.timesteps[1] <= 999:
+            raise ValueError(f'timesteps={self.timesteps}: give (first, last) with 0 <= first <= last <= 999')
         return self
 
-# %% ../nbs/00_experiment.ipynb #0bf8dfc1
+# %% ../nbs/00_experiment.ipynb #d3905494
 def make_experiment(**settings) -> Experiment:
     "An `Experiment`, or a ValueError with one plain line for each wrong setting."
     from pydantic import ValidationError
@@ -94,11 +97,12 @@ def make_experiment(**settings) -> Experiment:
         lines = []
         for err in e.errors():
             name, got = '.'.join(map(str, err['loc'])) or 'settings', err['input']
-            hint = f' It takes: {Experiment.model_fields[name].description}.' if name in Experiment.model_fields else f' There is no such setting; there are {", ".join(Experiment.model_fields)}.' if name != 'settings' else ''
+            hint = (f' It takes: {Experiment.model_fields[name].description}.' if name in Experiment.model_fields
+                    else f' There is no such setting; there are {", ".join(Experiment.model_fields)}.' if name != 'settings' else '')
             lines.append(f'{name}={got!r}: {err["msg"]}.{hint}' if name != 'settings' else err['msg'])
         raise ValueError('\n'.join(lines)) from None
 
-# %% ../nbs/00_experiment.ipynb #1a7c6cd0
+# %% ../nbs/00_experiment.ipynb #09260264
 def digest(settings, length:int=8) -> str:
     "A short hash of anything JSON can hold."
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:length]
@@ -109,7 +113,7 @@ def run_name(e:Experiment) -> str:
     ignored = {'out_dir', 'device', 'resume', 'save_every', 'num_workers', 'eval_every'}
     return f'{e.scale}-{Path(e.arch).name}-{what}-seed{e.seed}-{digest(e.model_dump(exclude=ignored))}'.replace('+', '-')
 
-# %% ../nbs/00_experiment.ipynb #a9a16f83
+# %% ../nbs/00_experiment.ipynb #fa157fd2
 @dataclass
 class Missing:
     "One thing a run needs and does not find."
@@ -121,8 +125,9 @@ class Missing:
 MINI_COMMAND = 'papermill nbs/03_train.ipynb out.ipynb'  # works on any machine, now
 
 HUB_STUDENTS = {  # where open_clip fetches OpenAI's weights
-    'ViT-B-32': 'timm/vit_base_patch32_clip_224.openai', 'ViT-B-16': 'timm/vit_base_patch16_clip_224.openai', 'ViT-L-14': 'timm/vit_large_patch14_clip_224.openai',
-    'ViT-L-14-336': 'timm/vit_large_patch14_clip_336.openai', 'RN50': 'timm/resnet50_clip.openai'}
+    'ViT-B-32': 'timm/vit_base_patch32_clip_224.openai', 'ViT-B-16': 'timm/vit_base_patch16_clip_224.openai',
+    'ViT-L-14': 'timm/vit_large_patch14_clip_224.openai', 'ViT-L-14-336': 'timm/vit_large_patch14_clip_336.openai',
+    'RN50': 'timm/resnet50_clip.openai'}
 
 def cuda_devices() -> int: # as the driver counts them
     "How many CUDA GPUs there are, without importing torch."
@@ -133,7 +138,7 @@ def cuda_devices() -> int: # as the driver counts them
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0: return count.value
     return 0
 
-# %% ../nbs/00_experiment.ipynb #37963ca4
+# %% ../nbs/00_experiment.ipynb #e63ce03d
 def hub_reachable(timeout:float=1.5 # seconds
                  ) -> bool:
     "Can the model hub be spoken to?"
@@ -151,7 +156,7 @@ def in_cache(repo:str, # a hub id
     from huggingface_hub import try_to_load_from_cache
     return any(isinstance(try_to_load_from_cache(repo, n), str) for n in names)
 
-# %% ../nbs/00_experiment.ipynb #8e41ad80
+# %% ../nbs/00_experiment.ipynb #e37735c5
 TEACHERS = {
     'mini': 'data/mini/teacher',
     'sd-v1-4': 'CompVis/stable-diffusion-v1-4',
@@ -179,42 +184,56 @@ def missing_data(data:str,            # a source of pairs
     return [Missing(f'data={data!r}: {folder/pattern.format(split=split)}', source, str(folder))
             for pattern, source in SOURCE_FILES.get(data, {}).items() if not any(folder.glob(pattern.format(split=split)))]
 
-# %% ../nbs/00_experiment.ipynb #1b0641a1
+# %% ../nbs/00_experiment.ipynb #cbe815c1
 def missing_models(e:Experiment, hub:bool) -> list[Missing]:
     "Weights that are neither on this machine nor to be had."
     out = []
     repo = HUB_STUDENTS.get(e.arch)
-    if e.scale == 'paper' and e.pretrained == 'openai' and repo and not hub and not in_cache(repo, 'open_clip_model.safetensors', 'open_clip_pytorch_model.bin'):
-        out.append(Missing(f'arch={e.arch!r}: the weights of the student', f'the hub, {repo} (fetched by open_clip; the hub does not answer here)', "the hub's cache (HF_HOME), or a folder given as arch"))
+    if (e.scale == 'paper' and e.pretrained == 'openai' and repo and not hub
+            and not in_cache(repo, 'open_clip_model.safetensors', 'open_clip_pytorch_model.bin')):
+        out.append(Missing(f'arch={e.arch!r}: the weights of the student',
+                           f'the hub, {repo} (fetched by open_clip; the hub does not answer here)',
+                           "the hub's cache (HF_HOME), or a folder given as arch"))
     source = TEACHERS.get(e.teacher, e.teacher)
     local = (from_root(source)/'model_index.json').is_file()
     if e.loss != 'clip' and not local:
         if source.startswith(('.', '/', '~')) or source.count('/') != 1:
-            out.append(Missing(f'teacher={e.teacher!r}: no diffusers pipeline (model_index.json) in {source}', f'one of {", ".join(TEACHERS)}, or any UNet text-to-image pipeline', str(from_root(source))))
+            out.append(Missing(f'teacher={e.teacher!r}: no diffusers pipeline (model_index.json) in {source}',
+                               f'one of {", ".join(TEACHERS)}, or any UNet text-to-image pipeline',
+                               str(from_root(source))))
         elif not hub and not in_cache(source, 'model_index.json'):
-            out.append(Missing(f'teacher={e.teacher!r}: the weights of the teacher', f'the hub, {source} (the hub does not answer here)', "the hub's cache (HF_HOME), or a folder given as teacher"))
+            out.append(Missing(f'teacher={e.teacher!r}: the weights of the teacher',
+                               f'the hub, {source} (the hub does not answer here)',
+                               "the hub's cache (HF_HOME), or a folder given as teacher"))
     return out
 
+# %% ../nbs/00_experiment.ipynb #8dd14e5d
 def missing(e:Experiment,         # the run
             hub:bool|None=None,   # does the hub answer? None: try, where it matters
            ) -> list[Missing]:
     "Everything `e` needs that this machine lacks; empty when it can start."
     out = []
     if (e.scale == 'paper' and e.device in ('auto', 'cuda') or e.device.startswith('cuda')) and cuda_devices() == 0:
-        out.append(Missing('a CUDA GPU', 'a machine with an NVIDIA GPU and its driver (24 GB for Stable Diffusion v1-4 at batch size 32 in float16; less with teacher_batch_size)', 'this machine, or run there'))
+        out.append(Missing('a CUDA GPU',
+                           'a machine with an NVIDIA GPU and its driver '
+                           '(24 GB for Stable Diffusion v1-4 at batch size 32 in float16; less with teacher_batch_size)',
+                           'this machine, or run there'))
     if hub is None: hub = e.scale == 'paper' and hub_reachable()
     return out + missing_models(e, hub) + missing_data(e.data, e.data_root)
 
-# %% ../nbs/00_experiment.ipynb #71662412
+# %% ../nbs/00_experiment.ipynb #c7b980cd
 class MissingError(FileNotFoundError):
     "A run cannot start; the message lists each missing thing with its cure."
 
 def require(e:Experiment, hub:bool|None=None):
     "Raise `MissingError` naming everything that is missing, all at once."
     lacking = missing(e, hub)
-    if lacking: raise MissingError('\n'.join([f'scale={e.scale!r} cannot run here; {len(lacking)} missing:', *(f'{i}. {m}' for i, m in enumerate(lacking, 1)), f'What works now: {MINI_COMMAND}']))
+    if lacking:
+        raise MissingError('\n'.join([f'scale={e.scale!r} cannot run here; {len(lacking)} missing:',
+                                      *(f'{i}. {m}' for i, m in enumerate(lacking, 1)),
+                                      f'What works now: {MINI_COMMAND}']))
 
-# %% ../nbs/00_experiment.ipynb #75eef05d
+# %% ../nbs/00_experiment.ipynb #6fe09860
 PACKAGES = ('torch', 'open_clip_torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'scipy')
 
 def versions() -> dict:
@@ -239,10 +258,12 @@ def file_hash(path) -> str:
     for f in sorted(path.rglob('*')) if path.is_dir() else [path]:
         if f.is_file():
             if path.is_dir(): h.update(f.relative_to(path).as_posix().encode())
-            with open(f, 'rb') as r: h.update(hashlib.file_digest(r, 'sha256').digest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(r.read()).digest())
+            with open(f, 'rb') as r:
+                h.update(hashlib.file_digest(r, 'sha256').digest() if hasattr(hashlib, 'file_digest')
+                         else hashlib.sha256(r.read()).digest())
     return h.hexdigest()
 
-# %% ../nbs/00_experiment.ipynb #6b12d62f
+# %% ../nbs/00_experiment.ipynb #4cc6e4ab
 @dataclass
 class Record:
     "How a result came about. Start one before the work, `finish` it after."
@@ -265,10 +286,12 @@ class Record:
 def start_record(name:str, scale:str, parameters:dict, inputs:dict|None=None, device='cpu') -> Record:
     "Begin a record now."
     import torch
-    made_by = dict(**commit(), versions=versions(), device=torch.cuda.get_device_name(device) if str(device).startswith('cuda') else str(device), threads=torch.get_num_threads(), machine=platform.machine())
+    made_by = dict(**commit(), versions=versions(),
+                   device=torch.cuda.get_device_name(device) if str(device).startswith('cuda') else str(device),
+                   threads=torch.get_num_threads(), machine=platform.machine())
     return Record(name, scale, parameters, inputs or {}, time.time(), made_by)
 
-# %% ../nbs/00_experiment.ipynb #85d408f7
+# %% ../nbs/00_experiment.ipynb #eb9fadb0
 def pick_device(device:str='auto'): # torch.device
     "The device to compute on."
     import torch

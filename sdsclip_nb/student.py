@@ -6,7 +6,7 @@
 __all__ = ['STUDENTS', 'NORMS', 'MAPS', 'student_source', 'Student', 'load_student', 'LinearMap', 'PatchMap', 'make_map',
            'student_latents', 'save_student']
 
-# %% ../nbs/02a_student.ipynb #cd45192e
+# %% ../nbs/02a_student.ipynb #b1a78745
 import json
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from .experiment import repo_root
 
-# %% ../nbs/02a_student.ipynb #98226cfc
+# %% ../nbs/02a_student.ipynb #29cfa540
 STUDENTS = ('ViT-B-32', 'ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'RN50')
 open_clip.add_model_config(Path(__file__).parent/'model_configs' if '__file__' in globals() else repo_root()/'sdsclip_nb'/'model_configs')
 
@@ -33,15 +33,19 @@ def student_source(arch:str,                 # one of `STUDENTS`, any open_clip 
     if folder is not None:
         here = repo_root()/folder
         if (here/'open_clip_config.json').is_file(): return f'local-dir:{here}', None
-        if '/' in arch: raise FileNotFoundError(f'arch={arch!r}: no open_clip_config.json in that folder. Give a folder written by save_student, or one of {", ".join(STUDENTS)}.')
-        raise ValueError(f'arch={arch!r} has no mini counterpart: choose one of {", ".join(STUDENTS)}, or scale="paper" for open_clip\'s own models.')
+        if '/' in arch:
+            raise FileNotFoundError(f'arch={arch!r}: no open_clip_config.json in that folder. '
+                                    f'Give a folder written by save_student, or one of {", ".join(STUDENTS)}.')
+        raise ValueError(f'arch={arch!r} has no mini counterpart: choose one of {", ".join(STUDENTS)}, '
+                         'or scale="paper" for open_clip\'s own models.')
     if arch not in open_clip.list_models():
-        raise ValueError(f'arch={arch!r} is unknown to open_clip: choose one of {", ".join(STUDENTS)}, or another of open_clip.list_models().')
+        raise ValueError(f'arch={arch!r} is unknown to open_clip: choose one of {", ".join(STUDENTS)}, '
+                         'or another of open_clip.list_models().')
     if pretrained not in open_clip.list_pretrained_tags_by_model(arch) and not Path(pretrained).exists():
         raise ValueError(f'pretrained={pretrained!r}: {arch} comes with {", ".join(open_clip.list_pretrained_tags_by_model(arch))}.')
     return arch, pretrained
 
-# %% ../nbs/02a_student.ipynb #294687c2
+# %% ../nbs/02a_student.ipynb #8cdb2a6d
 class Student(nn.Module):
     "An open_clip model with its preprocessing and tokenizer."
     def __init__(self,
@@ -67,7 +71,7 @@ class Student(nn.Module):
     @property
     def logit_scale(self): return self.model.logit_scale.exp()
 
-# %% ../nbs/02a_student.ipynb #3a308b5b
+# %% ../nbs/02a_student.ipynb #bea125c5
 def load_student(arch:str='ViT-B-32',       # one of `STUDENTS`, any open_clip model, or a folder
                  scale:str='mini',          # 'mini' or 'paper'
                  pretrained:str='openai',   # open_clip's tag of the weights, at paper scale
@@ -80,7 +84,7 @@ def load_student(arch:str='ViT-B-32',       # one of `STUDENTS`, any open_clip m
     else: config = {**open_clip.get_model_config(name), **({'quick_gelu': True} if tag == 'openai' else {})}
     return Student(model, preprocess, open_clip.get_tokenizer(name), Path(arch).name, config)
 
-# %% ../nbs/02a_student.ipynb #7ebb59a5
+# %% ../nbs/02a_student.ipynb #1a82ed27
 @patch
 def encode_image(self:Student,
                  images,              # (B, 3, H, W), preprocessed
@@ -100,7 +104,7 @@ def encode_text(self:Student,
     x = m.ln_final(m.transformer(x, attn_mask=m.attn_mask[:n, :n]))
     return x[torch.arange(len(x), device=x.device), end] @ m.text_projection
 
-# %% ../nbs/02a_student.ipynb #f5a1e631
+# %% ../nbs/02a_student.ipynb #50ab3b06
 @patch
 def encode_patches(self:Student,
                    images,  # (B, 3, H, W), preprocessed
@@ -109,7 +113,7 @@ def encode_patches(self:Student,
     out = self.model.forward_intermediates(image=images, image_indices=1, normalize=False, image_output_fmt='NCHW')
     return out['image_features'], out['image_intermediates'][-1]
 
-# %% ../nbs/02a_student.ipynb #6cd26ae7
+# %% ../nbs/02a_student.ipynb #65f98c7a
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 @patch
@@ -117,7 +121,8 @@ def set_trainable(self:Student,
                   trainable:str='norm',  # 'norm', 'norm-visual' or 'all'
                  ) -> list:              # the parameters that train
     "Choose what of the student is trained; returns those parameters."
-    if trainable not in ('norm', 'norm-visual', 'all'): raise ValueError(f"trainable={trainable!r} is unknown: choose 'norm', 'norm-visual' or 'all'")
+    if trainable not in ('norm', 'norm-visual', 'all'):
+        raise ValueError(f"trainable={trainable!r} is unknown: choose 'norm', 'norm-visual' or 'all'")
     self.model.requires_grad_(trainable == 'all')
     root = self.model.visual if trainable == 'norm-visual' else self.model
     for m in root.modules():
@@ -131,7 +136,7 @@ def trainable_counts(self:Student) -> dict: # tower -> (trained, all)
     visual = list(self.model.visual.parameters()); seen = {id(p) for p in visual}
     return dict(image=count(visual), text=count([p for p in self.model.parameters() if id(p) not in seen]))
 
-# %% ../nbs/02a_student.ipynb #f13c7f8a
+# %% ../nbs/02a_student.ipynb #138f472c
 class LinearMap(nn.Module):
     "The paper's h_w: one linear layer from image features to latents."
     patches = False
@@ -146,13 +151,15 @@ class PatchMap(nn.Module):
     def __init__(self, student, latent_shape):
         super().__init__(); self.shape = tuple(latent_shape)
         side = student.model.visual.image_size
-        with torch.no_grad(): width = student.encode_patches(torch.zeros(1, 3, *((side, side) if isinstance(side, int) else side), device=student.device))[1].shape[1]
+        with torch.no_grad():
+            width = student.encode_patches(torch.zeros(1, 3, *((side, side) if isinstance(side, int) else side),
+                                                       device=student.device))[1].shape[1]
         self.linear = nn.Conv2d(width, self.shape[0], 1)
     def forward(self, tokens): return F.interpolate(self.linear(tokens.float()), self.shape[1:], mode='bilinear', align_corners=False)
 
 MAPS = {'linear': LinearMap, 'patch': PatchMap}
 
-# %% ../nbs/02a_student.ipynb #bb4a06c8
+# %% ../nbs/02a_student.ipynb #895186a3
 def make_map(kind:str,        # a key of `MAPS`
              student:Student, # whose features it takes
              latent_shape,    # (channels, height, width) of the teacher's latents
@@ -170,7 +177,7 @@ def student_latents(student:Student,         # the student
         features = student.encode_image(images); return features, latent_map(features)
     features, tokens = student.encode_patches(images); return features, latent_map(tokens)
 
-# %% ../nbs/02a_student.ipynb #9f9eed88
+# %% ../nbs/02a_student.ipynb #39fdf2e8
 def save_student(student:Student, # to save
                  folder,          # where; made if need be
                 ) -> Path:

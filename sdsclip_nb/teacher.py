@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['teacher_source', 'Teacher', 'load_teacher', 'even_timesteps']
 
-# %% ../nbs/02_teacher.ipynb #57235d78
+# %% ../nbs/02_teacher.ipynb #04578bde
+from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
+import transformers
 from diffusers import DDPMScheduler, DiffusionPipeline
 from fastcore.basics import patch
 from PIL import Image
 
 from .experiment import TEACHERS, repo_root
 
-# %% ../nbs/02_teacher.ipynb #91375ea3
+# %% ../nbs/02_teacher.ipynb #a10b841c
 def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
                   ) -> str: # what diffusers' `from_pretrained` takes
     "Resolve a teacher's name; folders in the repository become absolute."
@@ -25,13 +27,15 @@ def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
     here = repo_root()/source
     if here.is_dir():
         if not (here/'model_index.json').is_file():
-            raise FileNotFoundError(f'{source} is not a diffusers pipeline folder: model_index.json is missing. Save one with pipeline.save_pretrained({source!r}).')
+            raise FileNotFoundError(f'{source} is not a diffusers pipeline folder: model_index.json is missing. '
+                                    f'Save one with pipeline.save_pretrained({source!r}).')
         return str(here)
     if Path(source).is_absolute() or source.count('/') != 1 or source.startswith('.'):
-        raise FileNotFoundError(f'teacher={name!r}: no such folder. Give one of {", ".join(TEACHERS)}, a diffusers pipeline folder, or a hub id like owner/name.')
+        raise FileNotFoundError(f'teacher={name!r}: no such folder. Give one of {", ".join(TEACHERS)}, '
+                                'a diffusers pipeline folder, or a hub id like owner/name.')
     return source
 
-# %% ../nbs/02_teacher.ipynb #9ca73d7f
+# %% ../nbs/02_teacher.ipynb #2707a8d5
 class Teacher:
     "A frozen diffusion model made of diffusers' parts: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."
     def __init__(self,
@@ -40,34 +44,52 @@ class Teacher:
                  dtype=torch.float32,        # of weights and computation
                  name:str='teacher'):        # for records
         for part in ('unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'):
-            if getattr(pipeline, part, None) is None: raise ValueError(f'teacher {name!r}: its pipeline ({type(pipeline).__name__}) has no {part}; a UNet text-to-image pipeline is needed')
+            if getattr(pipeline, part, None) is None:
+                raise ValueError(f'teacher {name!r}: its pipeline ({type(pipeline).__name__}) has no {part}; '
+                                 'a UNet text-to-image pipeline is needed')
             setattr(self, part, getattr(pipeline, part))
         self.pipeline, self.device, self.dtype, self.name = pipeline, torch.device(device), dtype, name
         self.scheduler = DDPMScheduler.from_config(self.scheduler.config)  # sampling schedulers share its betas
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in ('epsilon', 'v_prediction'):
             raise ValueError(f'teacher {name!r} predicts {self.prediction_type!r}; epsilon and v_prediction are supported')
-        for m in (self.unet, self.vae, self.text_encoder): m.to(self.device, dtype).eval().requires_grad_(False)
+        for m in (self.unet, self.vae, self.text_encoder):
+            if m.dtype != dtype: m.to(dtype)
+            m.to(self.device).eval().requires_grad_(False)
         self.unet.to(memory_format=torch.channels_last)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         self._states = {}
 
     def __repr__(self):
         count = sum(p.numel() for m in (self.unet, self.vae, self.text_encoder) for p in m.parameters())
-        return f'Teacher {self.name}: {count/1e6:.1f} M parameters, none trained; predicts {self.prediction_type}; latents {self.latent_shape}'
+        return (f'Teacher {self.name}: {count/1e6:.1f} M parameters, none trained; '
+                f'predicts {self.prediction_type}; latents {self.latent_shape}')
 
-# %% ../nbs/02_teacher.ipynb #862be5d7
+# %% ../nbs/02_teacher.ipynb #285a852b
+@contextmanager
+def _quiet():
+    "Opening a pipeline whose text encoder is not CLIP's is meant; diffusers would warn of it each time."
+    loggers = diffusers.utils.logging, transformers.utils.logging
+    before = [m.get_verbosity() for m in loggers]
+    for m in loggers: m.set_verbosity_error(); m.disable_progress_bar()
+    try: yield
+    finally:
+        for m, v in zip(loggers, before): m.set_verbosity(v); m.enable_progress_bar()
+
 def load_teacher(name:str='mini',       # a key of `TEACHERS`, a folder, or a hub id
                  device='cpu',          # where it computes
                  dtype=torch.float32,   # float16 halves the memory on a GPU
                  **kwargs               # to diffusers' `from_pretrained`, e.g. revision, variant
                 ) -> Teacher:
     "Open a teacher by name, path or hub id."
-    pipe = DiffusionPipeline.from_pretrained(teacher_source(name), torch_dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **kwargs)
+    if dtype != torch.float32: kwargs['torch_dtype'] = dtype
+    with _quiet():
+        pipe = DiffusionPipeline.from_pretrained(teacher_source(name), safety_checker=None, feature_extractor=None,
+                                                 requires_safety_checker=False, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return Teacher(pipe, device, dtype, name)
 
-# %% ../nbs/02_teacher.ipynb #1c81a81c
+# %% ../nbs/02_teacher.ipynb #938712a0
 @patch(as_prop=True)
 def latent_shape(self:Teacher) -> tuple:
     "(channels, height, width) of a latent."
@@ -90,7 +112,7 @@ def _pixels(images, size):
         out.append(torch.from_numpy(np.array(im)))
     return torch.stack(out).permute(0, 3, 1, 2).float()/127.5 - 1
 
-# %% ../nbs/02_teacher.ipynb #2ba3225e
+# %% ../nbs/02_teacher.ipynb #93279d5b
 @patch
 @torch.no_grad()
 def encode_images(self:Teacher,
@@ -112,7 +134,7 @@ def decode(self:Teacher,
     x = torch.cat([self.vae.decode(z[i:i + batch_size]).sample for i in range(0, len(z), batch_size)])
     return (x/2 + .5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
 
-# %% ../nbs/02_teacher.ipynb #988837a8
+# %% ../nbs/02_teacher.ipynb #831fc5a1
 @patch
 @torch.no_grad()
 def encode_captions(self:Teacher,
@@ -123,13 +145,14 @@ def encode_captions(self:Teacher,
     new = [c for c in dict.fromkeys(captions) if c not in self._states]
     for i in range(0, len(new), batch_size):
         part = new[i:i + batch_size]
-        ids = self.tokenizer(part, padding='max_length', truncation=True, max_length=self.tokenizer.model_max_length, return_tensors='pt').input_ids
+        ids = self.tokenizer(part, padding='max_length', truncation=True, max_length=self.tokenizer.model_max_length,
+                             return_tensors='pt').input_ids
         for c, h in zip(part, self.text_encoder(ids.to(self.device))[0]): self._states[c] = h.clone()
     if len(self._states) > 50_000:  # bounds memory on large data: keep only what is asked for now
         self._states = {c: self._states[c] for c in dict.fromkeys(captions)}
     return torch.stack([self._states[c] for c in captions])
 
-# %% ../nbs/02_teacher.ipynb #b17877fe
+# %% ../nbs/02_teacher.ipynb #c2516f9f
 @patch
 def alpha_sigma(self:Teacher,
                 timesteps,              # (B,) long
@@ -148,6 +171,7 @@ def add_noise(self:Teacher,
     alpha, sigma = self.alpha_sigma(timesteps)
     return alpha.to(latents.dtype)*latents + sigma.to(latents.dtype)*noise
 
+# %% ../nbs/02_teacher.ipynb #4790cc56
 @patch
 def predict_noise(self:Teacher,
                   noisy,      # (B, *latent_shape)
@@ -155,12 +179,13 @@ def predict_noise(self:Teacher,
                   states,     # (B, L, D)
                  ) -> torch.Tensor: # (B, *latent_shape)
     "eps_theta(z_t, t, c), also for a teacher that predicts v."
-    out = self.unet(noisy.to(self.dtype).contiguous(memory_format=torch.channels_last), timesteps.to(self.device), states.to(self.dtype)).sample
+    out = self.unet(noisy.to(self.dtype).contiguous(memory_format=torch.channels_last), timesteps.to(self.device),
+                    states.to(self.dtype)).sample
     if self.prediction_type == 'epsilon': return out.to(noisy.dtype)
     alpha, sigma = self.alpha_sigma(timesteps)
     return (alpha*out + sigma*noisy).to(noisy.dtype)
 
-# %% ../nbs/02_teacher.ipynb #5bb072d5
+# %% ../nbs/02_teacher.ipynb #5bb004d1
 def even_timesteps(draws:int=10,          # how many
                    low:int=150,           # first
                    high:int=950,          # last
@@ -191,7 +216,7 @@ def denoising_score(self:Teacher,
     score = -error/len(timesteps)
     return (score[:m] - score[m:] if relative else score).T
 
-# %% ../nbs/02_teacher.ipynb #915f4481
+# %% ../nbs/02_teacher.ipynb #d3741dd0
 @patch
 @torch.no_grad()
 def generate(self:Teacher,

@@ -7,7 +7,7 @@ __all__ = ['BASE', 'Distillation', 'Parts', 'build', 'describe', 'features_and_l
            'check_finite', 'settings_digest', 'save_checkpoint', 'load_checkpoint', 'make_optimizer',
            'validation_suites', 'pairs_suite', 'Run', 'start', 'optimize', 'look', 'train', 'run_and_measure']
 
-# %% ../nbs/03_train.ipynb #9f112c9e
+# %% ../nbs/03_train.ipynb #dded96a9
 import json, os, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from .mini import Suite, load_suite
 from .student import load_student, make_map, save_student, student_latents, student_source
 from .teacher import Teacher, load_teacher
 
-# %% ../nbs/03_train.ipynb #e4f40e72
+# %% ../nbs/03_train.ipynb #74c86b48
 class Distillation(nn.Module):
     "Student and latent map as one module: what is trained, moved and saved together."
     def __init__(self, student, latent_map=None):
@@ -53,7 +53,7 @@ class Parts:
     @property
     def latent_map(self): return self.module.latent_map
 
-# %% ../nbs/03_train.ipynb #7e2687ca
+# %% ../nbs/03_train.ipynb #eaf5c6ae
 def build(e:Experiment # the settings
          ) -> Parts:
     "Load the student, the pairs and, where the loss needs them, the teacher and a fresh latent map."
@@ -74,7 +74,7 @@ def describe(parts:Parts) -> pd.DataFrame:
     if parts.teacher is not None: rows['teacher'] = (0, sum(p.numel() for m in (parts.teacher.unet, parts.teacher.vae, parts.teacher.text_encoder) for p in m.parameters()))
     return pd.DataFrame(rows, index=['trained', 'all']).T
 
-# %% ../nbs/03_train.ipynb #3990a535
+# %% ../nbs/03_train.ipynb #136a6553
 @torch.no_grad()
 def features_and_latents(parts:Parts,
                          n:int=2048,         # images at most
@@ -103,7 +103,7 @@ def fit_map(parts:Parts,
         opt.zero_grad(); error.backward(); opt.step(); errors.append(error.item())
     return errors
 
-# %% ../nbs/03_train.ipynb #573110b1
+# %% ../nbs/03_train.ipynb #1534c4ad
 def batch_loss(parts:Parts,
                module,       # `parts.module`, or what accelerate made of it
                batch:dict,   # from `PairBatches`
@@ -119,7 +119,7 @@ def batch_loss(parts:Parts,
     total = total_loss(clip, sds, e.lam)
     return total, {k: v.detach() for k, v in dict(loss=total, clip=clip, sds=sds).items() if v is not None}
 
-# %% ../nbs/03_train.ipynb #fa0c7c27
+# %% ../nbs/03_train.ipynb #05c306a7
 class NonFiniteLoss(FloatingPointError):
     "A loss or gradient that is not a finite number; the message says at which step and on which items."
 
@@ -133,7 +133,7 @@ def check_finite(values:dict, # name -> number
     raise NonFiniteLoss(f'step {step}: {bad}. Items: {", ".join(report["items"])}. Settings: lr={e.lr}, lam={e.lam}, precision={e.precision}, grad={e.grad}. '
                         f'Try a lower lr or lam, or precision="no". All of it is in {folder/"non_finite.json" if folder else "the report"}; the last checkpoint is untouched.')
 
-# %% ../nbs/03_train.ipynb #0e87c1d0
+# %% ../nbs/03_train.ipynb #55ae05b2
 def settings_digest(e:Experiment) -> str:
     "Of the settings that decide the numbers."
     return digest(e.model_dump(exclude={'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers'}), 16)
@@ -155,7 +155,7 @@ def load_checkpoint(accelerator, folder:Path, e:Experiment) -> tuple[int, list, 
     accelerator.load_state(str(folder/'checkpoint'))
     return progress['step'], progress['history'], progress['seconds']
 
-# %% ../nbs/03_train.ipynb #2deffc09
+# %% ../nbs/03_train.ipynb #b2136059
 def make_optimizer(parts:Parts):
     "AdamW over the student's trained parameters and the map's, each with its rate; warm-up and cosine."
     e = parts.experiment
@@ -179,7 +179,7 @@ def pairs_suite(e:Experiment, split:str='val', n:int=1000):
     return Suite(f'{e.data}-retrieval', 'retrieval', [pairs[i].image for i in range(len(pairs))], [pairs.captions(i)[0] for i in range(len(pairs))], index, index,
                  np.zeros(len(pairs), int), np.full(len(pairs), e.data), split)
 
-# %% ../nbs/03_train.ipynb #a77de936
+# %% ../nbs/03_train.ipynb #55f45872
 @dataclass
 class Run:
     "A finished run."
@@ -200,7 +200,7 @@ def start(e:Experiment, parts:Parts):
     if parts.teacher is not None and (from_root('data/mini/teacher')).is_dir() and e.teacher == 'mini': inputs['teacher'] = file_hash(from_root('data/mini/teacher/unet'))
     return accelerator, folder, start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
 
-# %% ../nbs/03_train.ipynb #fe459ccb
+# %% ../nbs/03_train.ipynb #43b0886a
 def optimize(parts:Parts, accelerator, folder:Path, progress:bool=True) -> tuple[list, float]: # a dict a step, seconds
     "The loop: every step's losses, gradient norm and rate, with checkpoints and looks at the validation data."
     e = parts.experiment
@@ -230,7 +230,7 @@ def look(student, suites) -> dict: # metric -> value
     m = evaluate(student, suites, world='val').metrics().query('tag == "all"')
     return {f'{r.suite} {r.metric}': r.value for r in m.itertuples() if r.metric in ('R@1', 'text', 'image', 'group')}
 
-# %% ../nbs/03_train.ipynb #66b29872
+# %% ../nbs/03_train.ipynb #7557d890
 def train(e:Experiment,             # the settings
           parts:Parts|None=None,    # from `build`; None: built here
           progress:bool=True,       # show a bar
@@ -249,7 +249,7 @@ def train(e:Experiment,             # the settings
     record.save(folder/'record.json'); shutil.rmtree(folder/'checkpoint', ignore_errors=True)
     return Run(parts, history, folder, record)
 
-# %% ../nbs/03_train.ipynb #3fd54ae8
+# %% ../nbs/03_train.ipynb #95db9f66
 BASE = 'base'  # as `loss`: the untouched student
 
 def run_and_measure(settings:dict,       # for `make_experiment`; loss='base' is the untouched student

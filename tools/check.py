@@ -294,6 +294,38 @@ def test_notebook(path: Path) -> str:
     return ""
 
 
+def papermill_train(out: Path, **parameters) -> subprocess.CompletedProcess:
+    "The main job from the repository's root, as a user calls it"
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    return run(BIN/"papermill", "--no-progress-bar", "nbs/03_train.ipynb", out/"out.ipynb", *options, timeout=TEST_MINUTES*60, HF_HUB_OFFLINE="1")
+
+
+def check_commands() -> str:
+    "The main job's command line: what it refuses and how, and a short run on real COCO files where they are"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        refused = {
+            "scale=paper": (dict(scale="paper", data_root=out/"nothing"), ["captions_train2017.json", "train2017", "What works now: papermill"]),
+            "an unknown arch": (dict(arch="ViT-B-33"), ["choose one of ViT-B-32"]),
+            "an unknown loss": (dict(loss="sds"), ["'clip' or 'clip+sds'"]),
+            "a missing data_root": (dict(data="coco", data_root=out/"nothing"), [str(out/"nothing"), "cocodataset"]),
+        }
+        problems = []
+        for name, (parameters, words) in refused.items():
+            done = papermill_train(out, **parameters)
+            lacking = [w for w in words if w not in done.stdout]
+            if done.returncode == 0 or lacking:
+                problems.append(f"{name}: exit {done.returncode}, without {lacking}\n{tail(done.stdout)}")
+        fail_if(problems)
+        coco = ROOT.parent/"shared"/"data"/"coco-mini"
+        if not coco.is_dir():
+            return f"{len(refused)} refusals; the run on COCO files is skipped: ../shared/data/coco-mini is not here"
+        expect(papermill_train(out, data="coco", data_root=coco, steps=8, n_items=100, out_dir=out/"run"), "the run on COCO files")
+        record = json.loads((out/"run"/"record.json").read_text())
+        fail_if([] if record["values"]["last_clip"] > 0 else [f"record.json of the run on COCO files: {record['values']}"])
+        return f"{len(refused)} refusals, and a run of 8 steps on real COCO files"
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -302,6 +334,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "lint": check_lint,
     "sizes": check_sizes,
     "pins": check_pins,
+    "commands": check_commands,
 }
 
 

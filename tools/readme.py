@@ -15,6 +15,7 @@ HEADER = f"<!-- Made from {SOURCE} by `make readme`: edit the notebook. -->\n\n"
 # Rich results as GitHub shows them; nbconvert alone would prefer a picture, which a README can only link to.
 FORMATS = ["text/markdown", "text/html", "text/latex", "text/plain"]
 DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.MULTILINE)
+SILENT = re.compile(r"^\s*#\s*\|\s*echo:\s*false\b", re.MULTILINE)  # the output stays, the code goes
 HIDDEN = re.compile(r"^\s*#\s*\|\s*(hide|default_exp)\b", re.MULTILINE)
 # Code is matched first so that what looks like a link inside it is left alone.
 LINK = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|(?P<before>\]\(|\b(?:src|href)=[\"'])(?P<target>[^)\s\"']+)", re.DOTALL)
@@ -51,6 +52,7 @@ def prepare(nb):
         elif cell.cell_type == "code":
             if HIDDEN.search(cell.source):
                 continue
+            silent = SILENT.search(cell.source)
             cell.source = DIRECTIVE.sub("", cell.source)
             for out in cell.outputs:
                 data = out.get("data", {})
@@ -58,6 +60,10 @@ def prepare(nb):
                     raise ReadmeError(f"{SOURCE}: cell {i} shows a picture as output; save it in figures/ and link to it")
                 if "text/html" in data:
                     data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
+            if silent:
+                cells += [nbformat.v4.new_markdown_cell(fix_links("".join(o["data"]["text/markdown"]))) for o in cell.outputs
+                          if "text/markdown" in o.get("data", {})]
+                continue
         cells.append(cell)
     nb.cells = cells
     nb.metadata["language_info"] = {"name": "python"}  # nbdev_clean drops it; code fences are named after it
