@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'NOT_METRICS', 'KEYS', 'STANDARD', 'clip_features', 'optio
            'outcomes', 'interval', 'formatted', 'Result', 'evaluate', 'evaluate_teacher', 'compare', 'flipped',
            'over_seeds', 'compare_seeds', 'show_comparison']
 
-# %% ../nbs/04a_evaluate.ipynb #6aadb679
+# %% ../nbs/04a_evaluate.ipynb #fa7b7751
 import hashlib, json, time, zlib
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,7 +22,7 @@ from PIL import Image
 
 from .mini import Suite, load_suite, stream
 
-# %% ../nbs/04a_evaluate.ipynb #9332dba2
+# %% ../nbs/04a_evaluate.ipynb #cfd0508c
 def _distinct(things, key):
     "The distinct `things`, and for each of the originals its place among them."
     seen = {}
@@ -32,7 +32,7 @@ def _distinct(things, key):
 def _picture(image): return image if isinstance(image, Image.Image) else Image.fromarray(image)
 def _picture_key(image): return image.size, hashlib.sha1(image.convert('RGB').tobytes()).digest()
 
-# %% ../nbs/04a_evaluate.ipynb #1366e911
+# %% ../nbs/04a_evaluate.ipynb #04f55d1f
 @contextmanager
 def _measuring(module):
     "Eval mode, no gradients; on leaving, every part is in the mode it was in."
@@ -43,7 +43,7 @@ def _measuring(module):
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/04a_evaluate.ipynb #58e42de6
+# %% ../nbs/04a_evaluate.ipynb #7c405eec
 def clip_features(student,           # has preprocess, tokenizer, encode_image, encode_text, device
                   images=None,       # uint8 array (n, h, w, 3), or list of n PIL images
                   captions=None,     # list of m str
@@ -63,14 +63,14 @@ def clip_features(student,           # has preprocess, tokenizer, encode_image, 
     if not out: raise ValueError('nothing to encode: give images, captions, or both')
     return out[0] if len(out) == 1 else tuple(out)
 
-# %% ../nbs/04a_evaluate.ipynb #3af38679
+# %% ../nbs/04a_evaluate.ipynb #945d53b7
 METRICS = ('winoground', 'choice', 'zeroshot', 'retrieval')  # the kinds of suite
 
 def _kind(suite, *kinds):
     if suite.metric not in kinds:
         raise ValueError(f'suite {suite.name} has metric {suite.metric!r}, which has no scores of this kind: choose {", ".join(kinds)}')
 
-# %% ../nbs/04a_evaluate.ipynb #147c2f33
+# %% ../nbs/04a_evaluate.ipynb #4ff1be70
 def option_scores(student,            # see `clip_features`
                   suite:Suite,        # of any metric
                   batch_size:int=256, # pictures or captions at a time
@@ -83,7 +83,7 @@ def option_scores(student,            # see `clip_features`
     if (c == c[0]).all(): return (images[i] @ captions[c[0]].T).numpy()  # all items share their options: no copy for each
     return torch.cat([torch.einsum('npd,nod->npo', images[a], captions[b]) for a, b in zip(i.split(1024), c.split(1024))]).numpy()
 
-# %% ../nbs/04a_evaluate.ipynb #27d8b764
+# %% ../nbs/04a_evaluate.ipynb #03335b3a
 def item_noise(item:int,    # number of the item in its suite
                draws:int,   # how many
                shape:tuple, # of one latent, e.g. (4, 8, 8)
@@ -98,7 +98,7 @@ def _denoising_error(teacher, latents, noise, t, states):
     predicted = teacher.predict_noise(teacher.add_noise(latents, noise, t), t, states)
     return (predicted.float() - noise.float()).square().flatten(1).mean(1).cpu().numpy()
 
-# %% ../nbs/04a_evaluate.ipynb #8cf44509
+# %% ../nbs/04a_evaluate.ipynb #075d57a4
 def denoising_scores(teacher,            # encode_images, encode_captions, add_noise, predict_noise, device
                      suite:Suite,        # metric 'winoground' or 'choice'
                      draws:int=10,       # pairs of timestep and noise an item
@@ -130,7 +130,7 @@ def denoising_scores(teacher,            # encode_images, encode_captions, add_n
     raw = -error.reshape(shape).mean(-1)
     return dict(raw=raw[..., :-1], relative=raw[..., :-1] - raw[..., -1:], evaluations=len(error))
 
-# %% ../nbs/04a_evaluate.ipynb #3f28ee24
+# %% ../nbs/04a_evaluate.ipynb #481aaafd
 def _rank(own,    # (n,) score of the right option
           scores, # (n, options) with the right one among them
          ):       # (n,) int
@@ -145,7 +145,7 @@ def _clusters(image_index):
     edges = coo_array((np.ones(n*p), (np.repeat(np.arange(n), p), n + image_index.ravel())), shape=(n + pictures,)*2)
     return np.unique(connected_components(edges, directed=False)[1][:n], return_inverse=True)[1]
 
-# %% ../nbs/04a_evaluate.ipynb #2df6d93a
+# %% ../nbs/04a_evaluate.ipynb #c404c483
 def _winoground(s, label): # `s` (n, 2, 2): option k describes picture k
     text = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
     image = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
@@ -159,7 +159,7 @@ def _retrieval(s, label): # `s` (n, n): caption k belongs to picture k
     own = np.diag(s)
     return {f'R@{k}{way}': _rank(own, m) < k for k in (1, 5) for way, m in (('', s), (' text to image', s.T))}
 
-# %% ../nbs/04a_evaluate.ipynb #882eba18
+# %% ../nbs/04a_evaluate.ipynb #8ed9bca4
 def outcomes(scores:np.ndarray, # from `option_scores` or `denoising_scores`
              suite:Suite,       # that they belong to
             ) -> pd.DataFrame:  # columns item, cluster, tag, and one bool column a metric
@@ -171,7 +171,7 @@ def outcomes(scores:np.ndarray, # from `option_scores` or `denoising_scores`
     about = dict(item=np.arange(len(suite)), cluster=_clusters(suite.image_index), tag=suite.tags.astype(str))
     return pd.DataFrame({**about, **of(scores, suite.label)})
 
-# %% ../nbs/04a_evaluate.ipynb #f831a697
+# %% ../nbs/04a_evaluate.ipynb #d430303c
 def interval(values,              # (n,) bool, or float such as differences
              clusters=None,       # (n,) which belong together; None: each stands alone
              level:float=.95,     # of confidence
@@ -194,7 +194,7 @@ def interval(values,              # (n,) bool, or float such as differences
                    confidence_level=level, n_resamples=n_resamples, batch=100, rng=np.random.default_rng(seed)).confidence_interval
     return mean, float(ci.low), float(ci.high)
 
-# %% ../nbs/04a_evaluate.ipynb #08de7f1a
+# %% ../nbs/04a_evaluate.ipynb #43061896
 NOT_METRICS = ['item', 'cluster', 'tag']  # the columns of outcomes that are no metric
 KEYS = ['suite', 'metric', 'tag']         # what a row of every table of metrics is about
 
@@ -213,7 +213,7 @@ def formatted(table:pd.DataFrame, # with columns low, high
     text = [f'{v:.3f}' + ('' if np.isnan(lo) else f' [{lo:.3f}, {hi:.3f}]') for v, lo, hi in zip(table[value], table.low, table.high)]
     return table.assign(**{value: text}).drop(columns=['low', 'high'])
 
-# %% ../nbs/04a_evaluate.ipynb #b1f5a126
+# %% ../nbs/04a_evaluate.ipynb #228e3b2c
 class Result:
     "What one model got right on several suites."
     def __init__(self,
@@ -238,7 +238,7 @@ class Result:
     def _repr_html_(self):
         return f'<p><b>{self.name}</b>, 95 % intervals over test items</p>' + formatted(self._metrics).set_index(KEYS).to_html()
 
-# %% ../nbs/04a_evaluate.ipynb #fcd444df
+# %% ../nbs/04a_evaluate.ipynb #52fe748e
 @patch
 def save(self:Result,
           folder, # made if needed
@@ -260,7 +260,7 @@ def load(cls:Result,
     record = json.loads(path.read_text())
     return cls(record['name'], {s: pd.read_parquet(path.parent/f'{s}.parquet') for s in record['suites']}, record['meta'])
 
-# %% ../nbs/04a_evaluate.ipynb #79706eaa
+# %% ../nbs/04a_evaluate.ipynb #f514c940
 def _describe(suite):
     "World, number of items and a checksum of pictures, captions and items."
     crc = 0
@@ -290,7 +290,7 @@ def evaluate(student,             # see `clip_features`
     score = lambda s: outcomes(option_scores(student, s, batch_size), s)
     return _evaluate(score, suites, world, name or student.arch, dict(meta or {}, arch=student.arch))
 
-# %% ../nbs/04a_evaluate.ipynb #20b2bf6b
+# %% ../nbs/04a_evaluate.ipynb #4af9a2b5
 def _teacher_outcomes(raw, relative, suite):
     by_raw = outcomes(raw, suite)
     if suite.metric == 'choice': return by_raw
@@ -317,7 +317,7 @@ def evaluate_teacher(teacher,               # see `denoising_scores`
     settings = dict(draws=draws, timesteps=list(timesteps), noise_seed=seed, evaluations=evaluations)
     return _evaluate(score, suites, world, name, {**(meta or {}), **settings})
 
-# %% ../nbs/04a_evaluate.ipynb #a784ff88
+# %% ../nbs/04a_evaluate.ipynb #fe116cd9
 def _shared(a, b):
     "The suites in both results, which must hold the same items."
     suites = [s for s in a.outcomes if s in b.outcomes]
@@ -332,7 +332,7 @@ def _flips(before, after):
     "(to right, to wrong): bool arrays."
     return ~before & after, before & ~after
 
-# %% ../nbs/04a_evaluate.ipynb #effab766
+# %% ../nbs/04a_evaluate.ipynb #ed72df35
 def _paired(before, after, clusters):
     "One row of `compare`: from two bool arrays of the same items."
     from statsmodels.stats.contingency_tables import mcnemar
@@ -352,7 +352,7 @@ def compare(before:Result, # one model
     row = lambda k: dict(zip(KEYS, k)) | _paired(b[k][k[1]].to_numpy(), a[k][k[1]].to_numpy(), b[k].cluster)
     return pd.DataFrame([row(k) for k in b if k in a])
 
-# %% ../nbs/04a_evaluate.ipynb #9d954e5f
+# %% ../nbs/04a_evaluate.ipynb #0b68f111
 def flipped(before:Result, # one model
             after:Result,  # another, on the same items
             suite:str,     # name of a suite that both have
@@ -369,7 +369,7 @@ def flipped(before:Result, # one model
     change = _flips(b[metric].to_numpy(), a[metric].to_numpy())[to == 'wrong']
     return b.item[change].tolist()[:n]
 
-# %% ../nbs/04a_evaluate.ipynb #52ad9a0f
+# %% ../nbs/04a_evaluate.ipynb #b349232f
 def _by_seed(results):
     "(suite, metric, tag) x seeds: the means, for what all results have."
     first, *rest = results; seeds = [r.meta.get('seed') for r in results]
@@ -385,7 +385,7 @@ def _t_interval(values, level=.95):
     half = np.where(sd > 1e-12, t.ppf((1 + level)/2, n - 1)*sd/n**.5, np.nan)
     return mean, sd, mean - half, mean + half
 
-# %% ../nbs/04a_evaluate.ipynb #c477afc4
+# %% ../nbs/04a_evaluate.ipynb #944a2244
 def over_seeds(results:list, # of `Result`: the same training with other seeds, on the same items
               ) -> pd.DataFrame: # suite, metric, tag, seeds, value, sd, low, high, variation
     "Mean and standard deviation over seeds with a 95 % interval; `variation` says what the interval is over."
@@ -397,7 +397,7 @@ def over_seeds(results:list, # of `Result`: the same training with other seeds, 
                                                                     variation='training seeds')
     return table[[*KEYS, 'seeds', 'value', 'sd', 'low', 'high', 'variation']]
 
-# %% ../nbs/04a_evaluate.ipynb #d3a28825
+# %% ../nbs/04a_evaluate.ipynb #0b8d38fb
 def _check_seeds(list_a, list_b):
     if len(list_a) != len(list_b) or len(list_a) < 2:
         raise ValueError(f'{len(list_a)} and {len(list_b)} results: give the same seeds of both, at least two (for one seed use compare)')
@@ -426,7 +426,7 @@ def compare_seeds(list_a:list, # of `Result`, one a seed
     return pd.DataFrame(keep, columns=KEYS).assign(seeds=len(list_a), before=a.mean(1), after=b.mean(1), difference=difference,
                                                    sd=sd, low=low, high=high, p=p, p_holm=holm)
 
-# %% ../nbs/04a_evaluate.ipynb #0a748ba4
+# %% ../nbs/04a_evaluate.ipynb #ed3f7086
 def _headline(table, metrics):
     "The rows to draw, as keys (suite, metric, tag): those asked for, or all that are about all items."
     if metrics is None: return [k for k in table.index if k[2] == 'all']

@@ -8,7 +8,7 @@ __all__ = ['SCALES', 'MINI_COMMAND', 'HUB_STUDENTS', 'TEACHERS', 'SOURCE_FILES',
            'in_cache', 'data_folder', 'missing_data', 'missing_models', 'missing', 'MissingError', 'require',
            'versions', 'commit', 'file_hash', 'Record', 'start_record', 'pick_device']
 
-# %% ../nbs/00_experiment.ipynb #0a57dc9b
+# %% ../nbs/00_experiment.ipynb #06bbc665
 import ctypes, hashlib, json, platform, socket, subprocess, time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# %% ../nbs/00_experiment.ipynb #20a93dfa
+# %% ../nbs/00_experiment.ipynb #7c2cd574
 def repo_root() -> Path: # the folder that holds settings.ini, nbs/ and data/
     "The repository's root, from the working directory upward, or from where the package is installed in place."
     start = [Path.cwd(), *Path.cwd().parents]
@@ -32,16 +32,16 @@ def from_root(path) -> Path:
     "A path as given if absolute, else below the repository's root."
     return repo_root()/Path(path).expanduser()
 
-# %% ../nbs/00_experiment.ipynb #17f06fc3
+# %% ../nbs/00_experiment.ipynb #1d0bcb6c
 SCALES = {
-    'mini': dict(teacher='mini', data='mini', n_pairs=10_000, lam=30., grad='sds', weighting='sigma2', lr=3e-3, map_lr=3e-3, warmup=.1,
+    'mini': dict(teacher='mini', data='mini', n_pairs=10_000, lam=10., grad='sds', weighting='sigma2', lr=3e-3, map_lr=3e-3, warmup=.1,
                  steps=500, map_steps=300, precision='no', eval_every=0),
     'paper': dict(teacher='sd-v1-4', data='coco', n_pairs=None, lam=.001, grad='exact', weighting='one', lr=5e-5, map_lr=5e-5, warmup=.02,
                   steps=18_485,  # 5 epochs of COCO's 118,287 images in batches of 32
                   map_steps=1000, precision='fp16', eval_every=1000),
 }
 
-# %% ../nbs/00_experiment.ipynb #51acbe40
+# %% ../nbs/00_experiment.ipynb #4804f1ad
 class Experiment(BaseModel):
     "Settings of one fine-tuning run. `None` means: the scale's default (`SCALES`)."
     model_config = ConfigDict(extra='forbid', validate_assignment=False)
@@ -88,7 +88,7 @@ class Experiment(BaseModel):
             raise ValueError(f'timesteps={self.timesteps}: give (first, last) with 0 <= first <= last <= 999')
         return self
 
-# %% ../nbs/00_experiment.ipynb #d3905494
+# %% ../nbs/00_experiment.ipynb #d93fc614
 def make_experiment(**settings) -> Experiment:
     "An `Experiment`, or a ValueError with one plain line for each wrong setting."
     from pydantic import ValidationError
@@ -102,7 +102,7 @@ def make_experiment(**settings) -> Experiment:
             lines.append(f'{name}={got!r}: {err["msg"]}.{hint}' if name != 'settings' else err['msg'])
         raise ValueError('\n'.join(lines)) from None
 
-# %% ../nbs/00_experiment.ipynb #09260264
+# %% ../nbs/00_experiment.ipynb #5f398324
 def digest(settings, length:int=8) -> str:
     "A short hash of anything JSON can hold."
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:length]
@@ -113,7 +113,7 @@ def run_name(e:Experiment) -> str:
     ignored = {'out_dir', 'device', 'resume', 'save_every', 'num_workers', 'eval_every'}
     return f'{e.scale}-{Path(e.arch).name}-{what}-seed{e.seed}-{digest(e.model_dump(exclude=ignored))}'.replace('+', '-')
 
-# %% ../nbs/00_experiment.ipynb #fa157fd2
+# %% ../nbs/00_experiment.ipynb #f39b8ad0
 @dataclass
 class Missing:
     "One thing a run needs and does not find."
@@ -138,7 +138,7 @@ def cuda_devices() -> int: # as the driver counts them
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0: return count.value
     return 0
 
-# %% ../nbs/00_experiment.ipynb #e63ce03d
+# %% ../nbs/00_experiment.ipynb #b0011735
 def hub_reachable(timeout:float=1.5 # seconds
                  ) -> bool:
     "Can the model hub be spoken to?"
@@ -156,7 +156,7 @@ def in_cache(repo:str, # a hub id
     from huggingface_hub import try_to_load_from_cache
     return any(isinstance(try_to_load_from_cache(repo, n), str) for n in names)
 
-# %% ../nbs/00_experiment.ipynb #e37735c5
+# %% ../nbs/00_experiment.ipynb #de70955e
 TEACHERS = {
     'mini': 'data/mini/teacher',
     'sd-v1-4': 'CompVis/stable-diffusion-v1-4',
@@ -184,7 +184,7 @@ def missing_data(data:str,            # a source of pairs
     return [Missing(f'data={data!r}: {folder/pattern.format(split=split)}', source, str(folder))
             for pattern, source in SOURCE_FILES.get(data, {}).items() if not any(folder.glob(pattern.format(split=split)))]
 
-# %% ../nbs/00_experiment.ipynb #cbe815c1
+# %% ../nbs/00_experiment.ipynb #09d1421f
 def missing_models(e:Experiment, hub:bool) -> list[Missing]:
     "Weights that are neither on this machine nor to be had."
     out = []
@@ -207,7 +207,7 @@ def missing_models(e:Experiment, hub:bool) -> list[Missing]:
                                "the hub's cache (HF_HOME), or a folder given as teacher"))
     return out
 
-# %% ../nbs/00_experiment.ipynb #8dd14e5d
+# %% ../nbs/00_experiment.ipynb #319e2141
 def missing(e:Experiment,         # the run
             hub:bool|None=None,   # does the hub answer? None: try, where it matters
            ) -> list[Missing]:
@@ -221,7 +221,7 @@ def missing(e:Experiment,         # the run
     if hub is None: hub = e.scale == 'paper' and hub_reachable()
     return out + missing_models(e, hub) + missing_data(e.data, e.data_root)
 
-# %% ../nbs/00_experiment.ipynb #c7b980cd
+# %% ../nbs/00_experiment.ipynb #53a0f6d5
 class MissingError(FileNotFoundError):
     "A run cannot start; the message lists each missing thing with its cure."
 
@@ -233,7 +233,7 @@ def require(e:Experiment, hub:bool|None=None):
                                       *(f'{i}. {m}' for i, m in enumerate(lacking, 1)),
                                       f'What works now: {MINI_COMMAND}']))
 
-# %% ../nbs/00_experiment.ipynb #6fe09860
+# %% ../nbs/00_experiment.ipynb #36be978b
 PACKAGES = ('torch', 'open_clip_torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'scipy')
 
 def versions() -> dict:
@@ -263,7 +263,7 @@ def file_hash(path) -> str:
                          else hashlib.sha256(r.read()).digest())
     return h.hexdigest()
 
-# %% ../nbs/00_experiment.ipynb #4cc6e4ab
+# %% ../nbs/00_experiment.ipynb #bf7a2573
 @dataclass
 class Record:
     "How a result came about. Start one before the work, `finish` it after."
@@ -291,7 +291,7 @@ def start_record(name:str, scale:str, parameters:dict, inputs:dict|None=None, de
                    threads=torch.get_num_threads(), machine=platform.machine())
     return Record(name, scale, parameters, inputs or {}, time.time(), made_by)
 
-# %% ../nbs/00_experiment.ipynb #eb9fadb0
+# %% ../nbs/00_experiment.ipynb #4b56045b
 def pick_device(device:str='auto'): # torch.device
     "The device to compute on."
     import torch

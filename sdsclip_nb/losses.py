@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'GRADS', 'LOSSES', 'CONTROLS', 'clip_loss', 'draw_noise', 'sds_loss', 'teacher_captions', 'total_loss']
 
-# %% ../nbs/02b_losses.ipynb #a8c9f701
+# %% ../nbs/02b_losses.ipynb #78818ad4
 import torch
 import torch.nn.functional as F
 from open_clip import ClipLoss
 
-# %% ../nbs/02b_losses.ipynb #f5292498
+# %% ../nbs/02b_losses.ipynb #ce20cd2a
 def clip_loss(image_features,  # (B, D), any length
               text_features,   # (B, D), any length
               logit_scale,     # exp of the learned temperature
@@ -18,7 +18,7 @@ def clip_loss(image_features,  # (B, D), any length
     "open_clip's contrastive loss on normalised features."
     return ClipLoss()(F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1), logit_scale)
 
-# %% ../nbs/02b_losses.ipynb #ea794091
+# %% ../nbs/02b_losses.ipynb #cb29186b
 WEIGHTINGS = {
     'one': lambda alpha, sigma: torch.ones_like(sigma),
     'sigma2': lambda alpha, sigma: sigma**2,
@@ -39,7 +39,7 @@ def draw_noise(latents,                       # (B, *latent_shape): for shape an
     noise = torch.randn(n, *latents.shape[1:], generator=generator, dtype=latents.dtype)
     return t.to(latents.device), noise.to(latents.device)
 
-# %% ../nbs/02b_losses.ipynb #43371176
+# %% ../nbs/02b_losses.ipynb #3ca68ea6
 def _chunk(teacher, z, states, t, noise, weight, grad):
     "Weighted squared errors (n,) and their gradient with respect to z (n, *latent_shape), for the sum over n of the mean over elements."
     per_latent = z[0].numel()
@@ -50,7 +50,7 @@ def _chunk(teacher, z, states, t, noise, weight, grad):
         g = torch.autograd.grad(value.sum(), z)[0] if grad == 'exact' else weight*residual/per_latent
     return value.detach(), g
 
-# %% ../nbs/02b_losses.ipynb #573330d0
+# %% ../nbs/02b_losses.ipynb #4155729d
 GRADS = ('exact', 'sds')
 
 def sds_loss(teacher,                        # a Teacher
@@ -76,7 +76,7 @@ def sds_loss(teacher,                        # a Teacher
     surrogate = (g*(latents - latents.detach())).sum()  # zero in value; its gradient is g
     return value.sum() + surrogate
 
-# %% ../nbs/02b_losses.ipynb #fbb3b402
+# %% ../nbs/02b_losses.ipynb #df110329
 LOSSES = ('clip', 'clip+sds')
 CONTROLS = ('none', 'shuffled-captions')
 

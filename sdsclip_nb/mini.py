@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'SHAPES', 'RELATIONS', 'COLOUR_NAMES', 'DISTANCE', 'SIZE',
            'mini_winoground', 'mini_relation', 'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval',
            'load_suite']
 
-# %% ../nbs/01_mini.ipynb #f50906ee
+# %% ../nbs/01_mini.ipynb #3e390691
 import gzip, zlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from importlib.resources import files
 
 import numpy as np
 
-# %% ../nbs/01_mini.ipynb #d2086f08
+# %% ../nbs/01_mini.ipynb #4b668f86
 COLOURS = dict(red=(225, 35, 35), green=(40, 170, 60), blue=(45, 75, 230), yellow=(240, 220, 50), purple=(145, 55, 190),
     orange=(245, 140, 30), cyan=(60, 210, 220), pink=(250, 130, 190), black=(20, 20, 25), white=(250, 250, 250),
     brown=(130, 80, 40), gray=(120, 125, 130))
@@ -32,7 +32,7 @@ def stream(purpose:str, # what the numbers are for; every purpose has its own st
     "A random stream that depends on its purpose and seeds alone, so that no two parts of the world share numbers by accident."
     return np.random.default_rng([zlib.crc32(purpose.encode()), *seeds])
 
-# %% ../nbs/01_mini.ipynb #df218912
+# %% ../nbs/01_mini.ipynb #a4fa2402
 @dataclass
 class Scenes:
     "`n` scenes: object 0, a relation, object 1."
@@ -55,7 +55,7 @@ class Scenes:
         s = np.where(flip[:, None], self.shape[:, ::-1], self.shape)
         return (((c[:, 0]*12 + c[:, 1])*12 + s[:, 0])*12 + s[:, 1])*2 + self.relation//2
 
-# %% ../nbs/01_mini.ipynb #38f76089
+# %% ../nbs/01_mini.ipynb #307d66e8
 def sample_scenes(n:int,                    # how many
                   rng:np.random.Generator,  # from `stream`
                   unique:bool=False,        # no two that look the same
@@ -72,7 +72,7 @@ def sample_scenes(n:int,                    # how many
         _, first = np.unique(scenes.same_picture(), return_index=True)
     return scenes[np.sort(first)[:n]]
 
-# %% ../nbs/01_mini.ipynb #f28a5646
+# %% ../nbs/01_mini.ipynb #7f285f6e
 def _box(ax, ay, w, h): return np.maximum(ax - w, ay - h)
 def _disc(dx, dy, r): return np.sqrt(dx*dx + dy*dy) - r
 
@@ -93,7 +93,7 @@ DISTANCE = dict(
     arrow=lambda dx, dy, ax, ay: np.minimum(_box(np.abs(dx + .35), ay, .65, .25), np.maximum(.1 - dx, ay*.9 + dx - 1)),
     moon=lambda dx, dy, ax, ay: np.maximum(_disc(dx, dy, 1), -_disc(dx - .45, dy, .8)))
 
-# %% ../nbs/01_mini.ipynb #2db95c60
+# %% ../nbs/01_mini.ipynb #3c9f7755
 SIZE = 32  # pixels a side
 STYLES = ('plain', 'outline', 'stripes', 'checker')
 _Y, _X = (np.mgrid[:SIZE, :SIZE] + .5).astype(np.float32)
@@ -124,7 +124,7 @@ def _paint(colour, shape, centre, radius, rng, style='plain'):
     image += 3*rng.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_mini.ipynb #8c1c55f9
+# %% ../nbs/01_mini.ipynb #131c5ea4
 def render(scenes:Scenes,            # what to draw
            rng:np.random.Generator,  # where the jitter comes from: position, size, tint, background, noise
            chunk:int=4096,           # scenes drawn at a time: bounds memory
@@ -138,9 +138,10 @@ def render(scenes:Scenes,            # what to draw
     vertical = (scenes.relation >= 2)[:, None]
     centre = np.stack([np.where(vertical, across, along), np.where(vertical, along, across)], -1)
     parts = [slice(i, i + chunk) for i in range(0, n, chunk)]
-    return np.concatenate([_paint(scenes.colour[p], scenes.shape[p], centre[p], radius[p], rng) for p in parts]) if n else np.empty((0, SIZE, SIZE, 3), np.uint8)
+    if n == 0: return np.empty((0, SIZE, SIZE, 3), np.uint8)
+    return np.concatenate([_paint(scenes.colour[p], scenes.shape[p], centre[p], radius[p], rng) for p in parts])
 
-# %% ../nbs/01_mini.ipynb #a5b54b0a
+# %% ../nbs/01_mini.ipynb #f1597e19
 def show_images(images,            # (n, h, w, 3) uint8 or in 0..1, or a list of PIL images
                 titles=None,       # one a picture
                 cols:int=6,        # pictures a row
@@ -162,7 +163,7 @@ def _wrap(text, width=22):
     import textwrap
     return textwrap.wrap(text, width, max_lines=3, placeholder='…') or ['']
 
-# %% ../nbs/01_mini.ipynb #08f00c5a
+# %% ../nbs/01_mini.ipynb #2807db21
 def render_single(colour:np.ndarray,        # (n,) indices into `COLOUR_NAMES`
                   shape:np.ndarray,         # (n,) indices into `SHAPES`
                   rng:np.random.Generator,  # where the jitter comes from
@@ -171,9 +172,10 @@ def render_single(colour:np.ndarray,        # (n,) indices into `COLOUR_NAMES`
     "One object a picture, near the centre."
     if style not in STYLES: raise ValueError(f'style={style!r} is unknown: choose one of {", ".join(STYLES)}')
     n = len(colour)
-    return _paint(np.asarray(colour)[:, None], np.asarray(shape)[:, None], rng.uniform(13, 19, (n, 1, 2)), rng.uniform(6, 8, (n, 1)), rng, style)
+    centre, radius = rng.uniform(13, 19, (n, 1, 2)), rng.uniform(6, 8, (n, 1))
+    return _paint(np.asarray(colour)[:, None], np.asarray(shape)[:, None], centre, radius, rng, style)
 
-# %% ../nbs/01_mini.ipynb #4097ce33
+# %% ../nbs/01_mini.ipynb #c89e1479
 @dataclass
 class MiniPairs:
     "Pictures with a caption each, and the scenes they were drawn from."
@@ -190,7 +192,7 @@ def tag_lists(scenes:Scenes,            # what to describe
     names = COLOUR_NAMES + SHAPES
     return [' '.join(names[w] for w in row) for row in rng.permuted(words, axis=1)]
 
-# %% ../nbs/01_mini.ipynb #94257e88
+# %% ../nbs/01_mini.ipynb #2806dbc2
 WEB_SENTENCES = .2  # share of clean sentences in the web split
 
 def make_pairs(n:int,               # how many
@@ -208,7 +210,7 @@ def make_pairs(n:int,               # how many
         captions = [c if s else t for c, t, s in zip(captions, tag_lists(scenes, rng), sentence)]
     return MiniPairs(scenes, render(scenes, rng), captions)
 
-# %% ../nbs/01_mini.ipynb #7d5b0452
+# %% ../nbs/01_mini.ipynb #c7000ee7
 MERGES = 4000         # of CLIP's 48,894
 CONTEXT_LENGTH = 24   # tokens; a caption of the mini world has at most 15, 95 of 100 COCO captions at most 22
 
@@ -224,7 +226,7 @@ def mini_tokenizer(merges:int=MERGES,                # how many of CLIP's merges
     words = letters + [c + '</w>' for c in letters] + [''.join(p) for p in pairs] + ['<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=pairs, model_max_length=context_length)
 
-# %% ../nbs/01_mini.ipynb #e6802e15
+# %% ../nbs/01_mini.ipynb #6947673d
 @dataclass
 class Suite:
     "A test suite of the mini world."
@@ -249,7 +251,7 @@ def _suite(name, metric, images, image_index, options, world, label=None, tags=N
     return Suite(name, metric, images, [str(c) for c in captions], image_index, index.reshape(n, -1),
                  np.zeros(n, int) if label is None else label, np.full(n, name) if tags is None else np.asarray(tags), world)
 
-# %% ../nbs/01_mini.ipynb #dd7b4ffd
+# %% ../nbs/01_mini.ipynb #0cb69d21
 def swap(scenes:Scenes, # the scenes
          tag:str,       # 'Object', 'Relation' or 'Both'
         ) -> Scenes:    # other scenes in the same words
@@ -279,7 +281,7 @@ def mini_winoground(n:int=400,          # items
     return _suite(name, 'winoground', images, np.stack([np.arange(n), n + np.arange(n)], 1),
                   np.stack([first.captions(), second.captions()], 1), world, tags=tags)
 
-# %% ../nbs/01_mini.ipynb #ed9cb569
+# %% ../nbs/01_mini.ipynb #d740ad66
 def _choice(name, n, world, options):
     "Items of one picture whose first option is true."
     rng = stream(f'{name}-{world}')
@@ -294,7 +296,7 @@ def mini_attribution(n:int=2000, world:str='test') -> Suite:
     "ARO's VG-Attribution in the mini world: adjectives exchanged."
     return _choice('mini-attribution', n, world, lambda s, rng: np.stack([s.captions(), swap(s, 'Relation').captions()], 1))
 
-# %% ../nbs/01_mini.ipynb #f91fb545
+# %% ../nbs/01_mini.ipynb #c25e3b9f
 def shuffles(caption:str,              # the true caption
              rng:np.random.Generator,  # the order of the words
             ) -> list[str]:            # four false ones
@@ -320,7 +322,7 @@ def mini_order(n:int=1000, world:str='test') -> Suite:
     "COCO-Order in the mini world: the true caption against four shuffles."
     return _choice('mini-order', n, world, lambda s, rng: np.array([[c, *_different(c, rng)] for c in s.captions()]))
 
-# %% ../nbs/01_mini.ipynb #3b74da24
+# %% ../nbs/01_mini.ipynb #1b8e97d0
 def _zeroshot(what, n, world):
     name = f'mini-zeroshot-{what}'
     rng = stream(f'{name}-{world}')
@@ -338,9 +340,10 @@ def mini_retrieval(n:int=1000, world:str='test') -> Suite:
     rng = stream(f'mini-retrieval-{world}')
     scenes = sample_scenes(n, rng, unique=True)
     index = np.arange(n)[:, None]
-    return Suite('mini-retrieval', 'retrieval', render(scenes, rng), scenes.captions(), index, index, np.zeros(n, int), np.full(n, 'mini-retrieval'), world)
+    return Suite('mini-retrieval', 'retrieval', render(scenes, rng), scenes.captions(), index, index,
+                 np.zeros(n, int), np.full(n, 'mini-retrieval'), world)
 
-# %% ../nbs/01_mini.ipynb #1e88036e
+# %% ../nbs/01_mini.ipynb #126afc7e
 SUITES = {
     'mini-winoground': mini_winoground,
     'mini-winoground-large': lambda n=4000, world='test': mini_winoground(n, world, 'mini-winoground-large'),

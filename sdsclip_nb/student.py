@@ -6,7 +6,7 @@
 __all__ = ['STUDENTS', 'NORMS', 'MAPS', 'student_source', 'Student', 'load_student', 'LinearMap', 'PatchMap', 'make_map',
            'student_latents', 'save_student']
 
-# %% ../nbs/02a_student.ipynb #b1a78745
+# %% ../nbs/02a_student.ipynb #34f53f4f
 import json
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from .experiment import repo_root
 
-# %% ../nbs/02a_student.ipynb #29cfa540
+# %% ../nbs/02a_student.ipynb #2f0945e6
 STUDENTS = ('ViT-B-32', 'ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'RN50')
 open_clip.add_model_config(Path(__file__).parent/'model_configs' if '__file__' in globals() else repo_root()/'sdsclip_nb'/'model_configs')
 
@@ -45,7 +45,7 @@ def student_source(arch:str,                 # one of `STUDENTS`, any open_clip 
         raise ValueError(f'pretrained={pretrained!r}: {arch} comes with {", ".join(open_clip.list_pretrained_tags_by_model(arch))}.')
     return arch, pretrained
 
-# %% ../nbs/02a_student.ipynb #8cdb2a6d
+# %% ../nbs/02a_student.ipynb #ae409659
 class Student(nn.Module):
     "An open_clip model with its preprocessing and tokenizer."
     def __init__(self,
@@ -71,7 +71,7 @@ class Student(nn.Module):
     @property
     def logit_scale(self): return self.model.logit_scale.exp()
 
-# %% ../nbs/02a_student.ipynb #bea125c5
+# %% ../nbs/02a_student.ipynb #df79aa7f
 def load_student(arch:str='ViT-B-32',       # one of `STUDENTS`, any open_clip model, or a folder
                  scale:str='mini',          # 'mini' or 'paper'
                  pretrained:str='openai',   # open_clip's tag of the weights, at paper scale
@@ -84,7 +84,7 @@ def load_student(arch:str='ViT-B-32',       # one of `STUDENTS`, any open_clip m
     else: config = {**open_clip.get_model_config(name), **({'quick_gelu': True} if tag == 'openai' else {})}
     return Student(model, preprocess, open_clip.get_tokenizer(name), Path(arch).name, config)
 
-# %% ../nbs/02a_student.ipynb #1a82ed27
+# %% ../nbs/02a_student.ipynb #9f4ae4d1
 @patch
 def encode_image(self:Student,
                  images,              # (B, 3, H, W), preprocessed
@@ -104,7 +104,7 @@ def encode_text(self:Student,
     x = m.ln_final(m.transformer(x, attn_mask=m.attn_mask[:n, :n]))
     return x[torch.arange(len(x), device=x.device), end] @ m.text_projection
 
-# %% ../nbs/02a_student.ipynb #50ab3b06
+# %% ../nbs/02a_student.ipynb #0b725417
 @patch
 def encode_patches(self:Student,
                    images,  # (B, 3, H, W), preprocessed
@@ -113,7 +113,7 @@ def encode_patches(self:Student,
     out = self.model.forward_intermediates(image=images, image_indices=1, normalize=False, image_output_fmt='NCHW')
     return out['image_features'], out['image_intermediates'][-1]
 
-# %% ../nbs/02a_student.ipynb #65f98c7a
+# %% ../nbs/02a_student.ipynb #0a78b048
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 @patch
@@ -136,7 +136,7 @@ def trainable_counts(self:Student) -> dict: # tower -> (trained, all)
     visual = list(self.model.visual.parameters()); seen = {id(p) for p in visual}
     return dict(image=count(visual), text=count([p for p in self.model.parameters() if id(p) not in seen]))
 
-# %% ../nbs/02a_student.ipynb #138f472c
+# %% ../nbs/02a_student.ipynb #8ce6a54a
 class LinearMap(nn.Module):
     "The paper's h_w: one linear layer from image features to latents."
     patches = False
@@ -159,7 +159,7 @@ class PatchMap(nn.Module):
 
 MAPS = {'linear': LinearMap, 'patch': PatchMap}
 
-# %% ../nbs/02a_student.ipynb #895186a3
+# %% ../nbs/02a_student.ipynb #0caed22f
 def make_map(kind:str,        # a key of `MAPS`
              student:Student, # whose features it takes
              latent_shape,    # (channels, height, width) of the teacher's latents
@@ -177,7 +177,7 @@ def student_latents(student:Student,         # the student
         features = student.encode_image(images); return features, latent_map(features)
     features, tokens = student.encode_patches(images); return features, latent_map(tokens)
 
-# %% ../nbs/02a_student.ipynb #39fdf2e8
+# %% ../nbs/02a_student.ipynb #d4894d8a
 def save_student(student:Student, # to save
                  folder,          # where; made if need be
                 ) -> Path:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teacher_source', 'Teacher', 'load_teacher', 'even_timesteps']
 
-# %% ../nbs/02_teacher.ipynb #04578bde
+# %% ../nbs/02_teacher.ipynb #b74f6a55
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from .experiment import TEACHERS, repo_root
 
-# %% ../nbs/02_teacher.ipynb #a10b841c
+# %% ../nbs/02_teacher.ipynb #ad2916f4
 def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
                   ) -> str: # what diffusers' `from_pretrained` takes
     "Resolve a teacher's name; folders in the repository become absolute."
@@ -35,7 +35,7 @@ def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
                                 'a diffusers pipeline folder, or a hub id like owner/name.')
     return source
 
-# %% ../nbs/02_teacher.ipynb #2707a8d5
+# %% ../nbs/02_teacher.ipynb #1a231b69
 class Teacher:
     "A frozen diffusion model made of diffusers' parts: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."
     def __init__(self,
@@ -65,7 +65,7 @@ class Teacher:
         return (f'Teacher {self.name}: {count/1e6:.1f} M parameters, none trained; '
                 f'predicts {self.prediction_type}; latents {self.latent_shape}')
 
-# %% ../nbs/02_teacher.ipynb #285a852b
+# %% ../nbs/02_teacher.ipynb #ab310394
 @contextmanager
 def _quiet():
     "Opening a pipeline whose text encoder is not CLIP's is meant; diffusers would warn of it each time."
@@ -89,7 +89,7 @@ def load_teacher(name:str='mini',       # a key of `TEACHERS`, a folder, or a hu
     pipe.set_progress_bar_config(disable=True)
     return Teacher(pipe, device, dtype, name)
 
-# %% ../nbs/02_teacher.ipynb #938712a0
+# %% ../nbs/02_teacher.ipynb #4c5eb88f
 @patch(as_prop=True)
 def latent_shape(self:Teacher) -> tuple:
     "(channels, height, width) of a latent."
@@ -112,7 +112,7 @@ def _pixels(images, size):
         out.append(torch.from_numpy(np.array(im)))
     return torch.stack(out).permute(0, 3, 1, 2).float()/127.5 - 1
 
-# %% ../nbs/02_teacher.ipynb #93279d5b
+# %% ../nbs/02_teacher.ipynb #c97ac6ba
 @patch
 @torch.no_grad()
 def encode_images(self:Teacher,
@@ -134,7 +134,7 @@ def decode(self:Teacher,
     x = torch.cat([self.vae.decode(z[i:i + batch_size]).sample for i in range(0, len(z), batch_size)])
     return (x/2 + .5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
 
-# %% ../nbs/02_teacher.ipynb #831fc5a1
+# %% ../nbs/02_teacher.ipynb #3a3e02c6
 @patch
 @torch.no_grad()
 def encode_captions(self:Teacher,
@@ -152,7 +152,7 @@ def encode_captions(self:Teacher,
         self._states = {c: self._states[c] for c in dict.fromkeys(captions)}
     return torch.stack([self._states[c] for c in captions])
 
-# %% ../nbs/02_teacher.ipynb #c2516f9f
+# %% ../nbs/02_teacher.ipynb #7101651e
 @patch
 def alpha_sigma(self:Teacher,
                 timesteps,              # (B,) long
@@ -171,7 +171,7 @@ def add_noise(self:Teacher,
     alpha, sigma = self.alpha_sigma(timesteps)
     return alpha.to(latents.dtype)*latents + sigma.to(latents.dtype)*noise
 
-# %% ../nbs/02_teacher.ipynb #4790cc56
+# %% ../nbs/02_teacher.ipynb #bab85013
 @patch
 def predict_noise(self:Teacher,
                   noisy,      # (B, *latent_shape)
@@ -185,7 +185,7 @@ def predict_noise(self:Teacher,
     alpha, sigma = self.alpha_sigma(timesteps)
     return (alpha*out + sigma*noisy).to(noisy.dtype)
 
-# %% ../nbs/02_teacher.ipynb #5bb004d1
+# %% ../nbs/02_teacher.ipynb #6d69db61
 def even_timesteps(draws:int=10,          # how many
                    low:int=150,           # first
                    high:int=950,          # last
@@ -216,7 +216,7 @@ def denoising_score(self:Teacher,
     score = -error/len(timesteps)
     return (score[:m] - score[m:] if relative else score).T
 
-# %% ../nbs/02_teacher.ipynb #d3741dd0
+# %% ../nbs/02_teacher.ipynb #a60fadae
 @patch
 @torch.no_grad()
 def generate(self:Teacher,

@@ -7,8 +7,8 @@ __all__ = ['BASE', 'Distillation', 'Parts', 'build', 'describe', 'features_and_l
            'check_finite', 'settings_digest', 'save_checkpoint', 'load_checkpoint', 'make_optimizer',
            'validation_suites', 'pairs_suite', 'Run', 'start', 'optimize', 'look', 'train', 'run_and_measure']
 
-# %% ../nbs/03_train.ipynb #dded96a9
-import json, os, shutil, time
+# %% ../nbs/03_train.ipynb #0b4837eb
+import json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +24,20 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .data import PairBatches, load_pairs
 from .evaluate import Result, evaluate
-from .experiment import Experiment, Record, digest, file_hash, from_root, make_experiment, pick_device, repo_root, require, run_name, start_record
+from .experiment import (
+    Experiment, Record, digest, file_hash, from_root, make_experiment, pick_device, repo_root, require, run_name, start_record)
 from .losses import clip_loss, sds_loss, teacher_captions, total_loss
 from .mini import Suite, load_suite
 from .student import load_student, make_map, save_student, student_latents, student_source
 from .teacher import Teacher, load_teacher
 
-# %% ../nbs/03_train.ipynb #74c86b48
+# %% ../nbs/03_train.ipynb #364c6a54
 class Distillation(nn.Module):
     "Student and latent map as one module: what is trained, moved and saved together."
     def __init__(self, student, latent_map=None):
         super().__init__(); self.student, self.latent_map = student, latent_map
-    def forward(self, images, tokens): # -> image features (B, D), text features (B, D), latents (B, *latent_shape) or None, exp(logit_scale)
+    def forward(self, images, tokens):
+        "Image features (B, D), text features (B, D), latents (B, *latent_shape) or None, exp(logit_scale)."
         if self.latent_map is None: features, latents = self.student.encode_image(images), None
         else: features, latents = student_latents(self.student, self.latent_map, images)
         return features, self.student.encode_text(tokens), latents, self.student.logit_scale
@@ -53,7 +55,7 @@ class Parts:
     @property
     def latent_map(self): return self.module.latent_map
 
-# %% ../nbs/03_train.ipynb #eaf5c6ae
+# %% ../nbs/03_train.ipynb #0bc2d7d9
 def build(e:Experiment # the settings
          ) -> Parts:
     "Load the student, the pairs and, where the loss needs them, the teacher and a fresh latent map."
@@ -71,10 +73,12 @@ def describe(parts:Parts) -> pd.DataFrame:
     "How many parameters train, by part."
     rows = {f'student, {k} tower': v for k, v in parts.student.trainable_counts().items()}
     if parts.latent_map is not None: n = sum(p.numel() for p in parts.latent_map.parameters()); rows['latent map'] = (n, n)
-    if parts.teacher is not None: rows['teacher'] = (0, sum(p.numel() for m in (parts.teacher.unet, parts.teacher.vae, parts.teacher.text_encoder) for p in m.parameters()))
+    if parts.teacher is not None:
+        frozen = (parts.teacher.unet, parts.teacher.vae, parts.teacher.text_encoder)
+        rows['teacher'] = (0, sum(p.numel() for m in frozen for p in m.parameters()))
     return pd.DataFrame(rows, index=['trained', 'all']).T
 
-# %% ../nbs/03_train.ipynb #136a6553
+# %% ../nbs/03_train.ipynb #0f7e39fb
 @torch.no_grad()
 def features_and_latents(parts:Parts,
                          n:int=2048,         # images at most
@@ -103,7 +107,7 @@ def fit_map(parts:Parts,
         opt.zero_grad(); error.backward(); opt.step(); errors.append(error.item())
     return errors
 
-# %% ../nbs/03_train.ipynb #1534c4ad
+# %% ../nbs/03_train.ipynb #cb9ead32
 def batch_loss(parts:Parts,
                module,       # `parts.module`, or what accelerate made of it
                batch:dict,   # from `PairBatches`
@@ -115,11 +119,12 @@ def batch_loss(parts:Parts,
     clip, sds = clip_loss(features.float(), text.float(), scale.float()), None
     if latents is not None:
         states = parts.teacher.encode_captions(teacher_captions(batch['caption'], e.control))
-        sds = sds_loss(parts.teacher, latents, states, e.grad, e.timesteps, e.weighting, e.draws, e.teacher_batch_size, torch.Generator().manual_seed(e.seed*1_000_003 + step))
+        sds = sds_loss(parts.teacher, latents, states, e.grad, e.timesteps, e.weighting, e.draws, e.teacher_batch_size,
+                       torch.Generator().manual_seed(e.seed*1_000_003 + step))
     total = total_loss(clip, sds, e.lam)
     return total, {k: v.detach() for k, v in dict(loss=total, clip=clip, sds=sds).items() if v is not None}
 
-# %% ../nbs/03_train.ipynb #05c306a7
+# %% ../nbs/03_train.ipynb #817a3412
 class NonFiniteLoss(FloatingPointError):
     "A loss or gradient that is not a finite number; the message says at which step and on which items."
 
@@ -128,12 +133,15 @@ def check_finite(values:dict, # name -> number
     "Raise `NonFiniteLoss` unless all are finite; writes non_finite.json into `folder`."
     bad = {k: float(v) for k, v in values.items() if not torch.isfinite(torch.as_tensor(v))}
     if not bad: return
-    report = dict(step=step, values={k: str(v) for k, v in bad.items()}, items=list(batch['id']), captions=list(batch['caption']), settings=e.model_dump())
+    report = dict(step=step, values={k: str(v) for k, v in bad.items()}, items=list(batch['id']), captions=list(batch['caption']),
+                  settings=e.model_dump())
+    place = folder/'non_finite.json' if folder else 'the report'
     if folder: (folder/'non_finite.json').write_text(json.dumps(report, indent=1))
-    raise NonFiniteLoss(f'step {step}: {bad}. Items: {", ".join(report["items"])}. Settings: lr={e.lr}, lam={e.lam}, precision={e.precision}, grad={e.grad}. '
-                        f'Try a lower lr or lam, or precision="no". All of it is in {folder/"non_finite.json" if folder else "the report"}; the last checkpoint is untouched.')
+    raise NonFiniteLoss(f'step {step}: {bad}. Items: {", ".join(report["items"])}. '
+                        f'Settings: lr={e.lr}, lam={e.lam}, precision={e.precision}, grad={e.grad}. '
+                        f'Try a lower lr or lam, or precision="no". All of it is in {place}; the last checkpoint is untouched.')
 
-# %% ../nbs/03_train.ipynb #55ae05b2
+# %% ../nbs/03_train.ipynb #92f964b8
 def settings_digest(e:Experiment) -> str:
     "Of the settings that decide the numbers."
     return digest(e.model_dump(exclude={'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers'}), 16)
@@ -155,7 +163,7 @@ def load_checkpoint(accelerator, folder:Path, e:Experiment) -> tuple[int, list, 
     accelerator.load_state(str(folder/'checkpoint'))
     return progress['step'], progress['history'], progress['seconds']
 
-# %% ../nbs/03_train.ipynb #b2136059
+# %% ../nbs/03_train.ipynb #a63f8670
 def make_optimizer(parts:Parts):
     "AdamW over the student's trained parameters and the map's, each with its rate; warm-up and cosine."
     e = parts.experiment
@@ -176,10 +184,11 @@ def pairs_suite(e:Experiment, split:str='val', n:int=1000):
     if missing_for(e.data, e.data_root, split): return None
     pairs = load_pairs(e.data, e.data_root, split=split, n=n)
     index = np.arange(len(pairs))[:, None]
-    return Suite(f'{e.data}-retrieval', 'retrieval', [pairs[i].image for i in range(len(pairs))], [pairs.captions(i)[0] for i in range(len(pairs))], index, index,
+    images, captions = zip(*((pairs[i].image, pairs.captions(i)[0]) for i in range(len(pairs))))
+    return Suite(f'{e.data}-retrieval', 'retrieval', list(images), list(captions), index, index,
                  np.zeros(len(pairs), int), np.full(len(pairs), e.data), split)
 
-# %% ../nbs/03_train.ipynb #55f45872
+# %% ../nbs/03_train.ipynb #b298b0af
 @dataclass
 class Run:
     "A finished run."
@@ -193,21 +202,23 @@ def start(e:Experiment, parts:Parts):
     folder = from_root(e.out_dir or f'out/runs/{run_name(e)}'); folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=e.precision, cpu=parts.device.type == 'cpu', log_with='tensorboard',
                               project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)))
-    accelerator.init_trackers('tensorboard', config={k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in e.model_dump().items()})
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in e.model_dump().items()}
+    accelerator.init_trackers('tensorboard', config=config)
     inputs = dict(pairs=parts.pairs.content_hash())
     source, _ = student_source(e.arch, e.scale, e.pretrained)
     if source.startswith('local-dir:'): inputs['student'] = file_hash(Path(source[10:])/'open_clip_model.safetensors')
-    if parts.teacher is not None and (from_root('data/mini/teacher')).is_dir() and e.teacher == 'mini': inputs['teacher'] = file_hash(from_root('data/mini/teacher/unet'))
+    if parts.teacher is not None and e.teacher == 'mini': inputs['teacher'] = file_hash(from_root('data/mini/teacher/unet'))
     return accelerator, folder, start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
 
-# %% ../nbs/03_train.ipynb #43b0886a
+# %% ../nbs/03_train.ipynb #95c3b640
 def optimize(parts:Parts, accelerator, folder:Path, progress:bool=True) -> tuple[list, float]: # a dict a step, seconds
     "The loop: every step's losses, gradient norm and rate, with checkpoints and looks at the validation data."
     e = parts.experiment
     module, opt, sched = accelerator.prepare(parts.module, *make_optimizer(parts))
     trained = [p for p in parts.module.parameters() if p.requires_grad]
     begin, history, before = load_checkpoint(accelerator, folder, e)
-    batches = PairBatches(parts.pairs, parts.student.preprocess, parts.student.tokenizer, e.batch_size, e.seed, begin, cache=e.data.startswith('mini'), num_workers=e.num_workers)
+    batches = PairBatches(parts.pairs, parts.student.preprocess, parts.student.tokenizer, e.batch_size, e.seed, begin,
+                          cache=e.data.startswith('mini'), num_workers=e.num_workers)
     suites = validation_suites(e) if e.eval_every else []
     module.train(); t0 = time.time()
     bar = tqdm(zip(range(begin, e.steps), batches), total=e.steps, initial=begin, desc=run_name(e), disable=not progress, mininterval=1)
@@ -222,7 +233,8 @@ def optimize(parts:Parts, accelerator, folder:Path, progress:bool=True) -> tuple
         if suites and ((step + 1) % e.eval_every == 0 or step + 1 == e.steps): row.update(look(parts.student, suites)); module.train()
         history.append(row); accelerator.log({k: v for k, v in row.items() if k != 'step'}, step=step + 1)
         if step % 10 == 0: bar.set_postfix({k: f'{row[k]:.3g}' for k in ('clip', 'sds', 'lr') if k in row})
-        if e.save_every and (step + 1) % e.save_every == 0 and step + 1 < e.steps: save_checkpoint(accelerator, folder, step + 1, history, e, before + time.time() - t0)
+        if e.save_every and (step + 1) % e.save_every == 0 and step + 1 < e.steps:
+            save_checkpoint(accelerator, folder, step + 1, history, e, before + time.time() - t0)
     return history, before + time.time() - t0
 
 def look(student, suites) -> dict: # metric -> value
@@ -230,7 +242,7 @@ def look(student, suites) -> dict: # metric -> value
     m = evaluate(student, suites, world='val').metrics().query('tag == "all"')
     return {f'{r.suite} {r.metric}': r.value for r in m.itertuples() if r.metric in ('R@1', 'text', 'image', 'group')}
 
-# %% ../nbs/03_train.ipynb #7557d890
+# %% ../nbs/03_train.ipynb #e8d4d6c8
 def train(e:Experiment,             # the settings
           parts:Parts|None=None,    # from `build`; None: built here
           progress:bool=True,       # show a bar
@@ -242,14 +254,16 @@ def train(e:Experiment,             # the settings
     history, seconds = optimize(parts, accelerator, folder, progress)
     accelerator.end_training(); parts.student.eval()
     save_student(parts.student, folder/'student')
-    if parts.latent_map is not None: save_file({k: v.cpu().contiguous() for k, v in parts.latent_map.state_dict().items()}, folder/'latent_map.safetensors')
+    if parts.latent_map is not None:
+        save_file({k: v.cpu().contiguous() for k, v in parts.latent_map.state_dict().items()}, folder/'latent_map.safetensors')
     history = pd.DataFrame(history); history.to_csv(folder/'history.csv', index=False)
     last = history.tail(50).mean(numeric_only=True)
-    record.finish(training_seconds=round(seconds, 1), map_error=fit[-1] if fit else None, **{f'last_{k}': float(last[k]) for k in ('clip', 'sds') if k in last})
+    record.finish(training_seconds=round(seconds, 1), map_error=fit[-1] if fit else None,
+                  **{f'last_{k}': float(last[k]) for k in ('clip', 'sds') if k in last})
     record.save(folder/'record.json'); shutil.rmtree(folder/'checkpoint', ignore_errors=True)
     return Run(parts, history, folder, record)
 
-# %% ../nbs/03_train.ipynb #95db9f66
+# %% ../nbs/03_train.ipynb #b19860b5
 BASE = 'base'  # as `loss`: the untouched student
 
 def run_and_measure(settings:dict,       # for `make_experiment`; loss='base' is the untouched student
@@ -264,8 +278,10 @@ def run_and_measure(settings:dict,       # for `make_experiment`; loss='base' is
     folder = from_root('out/runs')/name; kept = folder/f'outcomes-{world}-{digest([sorted(suites), settings_digest(e)])}'
     if (kept/'done').is_file(): return Result.load(kept)
     if base: student = load_student(e.arch, e.scale, e.pretrained, pick_device(e.device))
-    elif (folder/'record.json').is_file() and (folder/'student').is_dir(): student = load_student(str(folder/'student'), device=pick_device(e.device))
+    elif (folder/'record.json').is_file() and (folder/'student').is_dir():
+        student = load_student(str(folder/'student'), device=pick_device(e.device))
     else: student = train(e.model_copy(update=dict(out_dir=str(folder))), progress=progress).parts.student
-    result = evaluate(student, suites, world, name=name, meta=dict(seed=e.seed, loss=settings.get('loss', e.loss), control=e.control, scale=e.scale))
+    meta = dict(seed=e.seed, loss=settings.get('loss', e.loss), control=e.control, scale=e.scale)
+    result = evaluate(student, suites, world, name=name, meta=meta)
     result.save(kept); (kept/'done').touch()
     return result

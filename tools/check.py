@@ -297,7 +297,8 @@ def test_notebook(path: Path) -> str:
 def papermill_train(out: Path, **parameters) -> subprocess.CompletedProcess:
     "The main job from the repository's root, as a user calls it"
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    return run(BIN/"papermill", "--no-progress-bar", "nbs/03_train.ipynb", out/"out.ipynb", *options, timeout=TEST_MINUTES*60, HF_HUB_OFFLINE="1")
+    command = (BIN/"papermill", "--no-progress-bar", "nbs/03_train.ipynb", out/"out.ipynb", *options)
+    return run(*command, timeout=TEST_MINUTES*60, HF_HUB_OFFLINE="1")
 
 
 def check_commands() -> str:
@@ -305,7 +306,8 @@ def check_commands() -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         refused = {
-            "scale=paper": (dict(scale="paper", data_root=out/"nothing"), ["captions_train2017.json", "train2017", "What works now: papermill"]),
+            "scale=paper": (dict(scale="paper", data_root=out/"nothing"),
+                            ["captions_train2017.json", "train2017", "What works now: papermill"]),
             "an unknown arch": (dict(arch="ViT-B-33"), ["choose one of ViT-B-32"]),
             "an unknown loss": (dict(loss="sds"), ["'clip' or 'clip+sds'"]),
             "a missing data_root": (dict(data="coco", data_root=out/"nothing"), [str(out/"nothing"), "cocodataset"]),
