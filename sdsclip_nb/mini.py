@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'RELATIONS', 'COLOUR_NAMES', 'DISTANCE', 'SIZE', 'STYLES', 'WEB_SENTENCES', 'MERGES',
            'CONTEXT_LENGTH', 'WINOGROUND_TAGS', 'SUITES', 'stream', 'Scenes', 'sample_scenes', 'render', 'show_images',
-           'render_single', 'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'Suite', 'swap',
-           'mini_winoground', 'mini_relation', 'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval',
-           'load_suite']
+           'render_single', 'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'swap', 'mini_winoground',
+           'mini_relation', 'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval', 'load_suite']
 
-# %% ../nbs/01_mini.ipynb #3e390691
+# %% ../nbs/01_mini.ipynb #fb31b340
 import gzip, zlib
-from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
 
 import numpy as np
 
-# %% ../nbs/01_mini.ipynb #4b668f86
+from .suite import Suite
+
+# %% ../nbs/01_mini.ipynb #8cc11d8e
 COLOURS = dict(red=(225, 35, 35), green=(40, 170, 60), blue=(45, 75, 230), yellow=(240, 220, 50), purple=(145, 55, 190),
     orange=(245, 140, 30), cyan=(60, 210, 220), pink=(250, 130, 190), black=(20, 20, 25), white=(250, 250, 250),
     brown=(130, 80, 40), gray=(120, 125, 130))
@@ -32,7 +32,7 @@ def stream(purpose:str, # what the numbers are for; every purpose has its own st
     "A random stream that depends on its purpose and seeds alone, so that no two parts of the world share numbers by accident."
     return np.random.default_rng([zlib.crc32(purpose.encode()), *seeds])
 
-# %% ../nbs/01_mini.ipynb #a4fa2402
+# %% ../nbs/01_mini.ipynb #2b4bfbff
 @dataclass
 class Scenes:
     "`n` scenes: object 0, a relation, object 1."
@@ -55,7 +55,7 @@ class Scenes:
         s = np.where(flip[:, None], self.shape[:, ::-1], self.shape)
         return (((c[:, 0]*12 + c[:, 1])*12 + s[:, 0])*12 + s[:, 1])*2 + self.relation//2
 
-# %% ../nbs/01_mini.ipynb #307d66e8
+# %% ../nbs/01_mini.ipynb #aed1a0b9
 def sample_scenes(n:int,                    # how many
                   rng:np.random.Generator,  # from `stream`
                   unique:bool=False,        # no two that look the same
@@ -72,7 +72,7 @@ def sample_scenes(n:int,                    # how many
         _, first = np.unique(scenes.same_picture(), return_index=True)
     return scenes[np.sort(first)[:n]]
 
-# %% ../nbs/01_mini.ipynb #7f285f6e
+# %% ../nbs/01_mini.ipynb #49bfee21
 def _box(ax, ay, w, h): return np.maximum(ax - w, ay - h)
 def _disc(dx, dy, r): return np.sqrt(dx*dx + dy*dy) - r
 
@@ -93,7 +93,7 @@ DISTANCE = dict(
     arrow=lambda dx, dy, ax, ay: np.minimum(_box(np.abs(dx + .35), ay, .65, .25), np.maximum(.1 - dx, ay*.9 + dx - 1)),
     moon=lambda dx, dy, ax, ay: np.maximum(_disc(dx, dy, 1), -_disc(dx - .45, dy, .8)))
 
-# %% ../nbs/01_mini.ipynb #3c9f7755
+# %% ../nbs/01_mini.ipynb #f2afad54
 SIZE = 32  # pixels a side
 STYLES = ('plain', 'outline', 'stripes', 'checker')
 _Y, _X = (np.mgrid[:SIZE, :SIZE] + .5).astype(np.float32)
@@ -124,7 +124,7 @@ def _paint(colour, shape, centre, radius, rng, style='plain'):
     image += 3*rng.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_mini.ipynb #131c5ea4
+# %% ../nbs/01_mini.ipynb #be7adcba
 def render(scenes:Scenes,            # what to draw
            rng:np.random.Generator,  # where the jitter comes from: position, size, tint, background, noise
            chunk:int=4096,           # scenes drawn at a time: bounds memory
@@ -141,7 +141,7 @@ def render(scenes:Scenes,            # what to draw
     if n == 0: return np.empty((0, SIZE, SIZE, 3), np.uint8)
     return np.concatenate([_paint(scenes.colour[p], scenes.shape[p], centre[p], radius[p], rng) for p in parts])
 
-# %% ../nbs/01_mini.ipynb #f1597e19
+# %% ../nbs/01_mini.ipynb #04a015ec
 def show_images(images,            # (n, h, w, 3) uint8 or in 0..1, or a list of PIL images
                 titles=None,       # one a picture
                 cols:int=6,        # pictures a row
@@ -163,7 +163,7 @@ def _wrap(text, width=22):
     import textwrap
     return textwrap.wrap(text, width, max_lines=3, placeholder='…') or ['']
 
-# %% ../nbs/01_mini.ipynb #2807db21
+# %% ../nbs/01_mini.ipynb #b1e6213b
 def render_single(colour:np.ndarray,        # (n,) indices into `COLOUR_NAMES`
                   shape:np.ndarray,         # (n,) indices into `SHAPES`
                   rng:np.random.Generator,  # where the jitter comes from
@@ -175,7 +175,7 @@ def render_single(colour:np.ndarray,        # (n,) indices into `COLOUR_NAMES`
     centre, radius = rng.uniform(13, 19, (n, 1, 2)), rng.uniform(6, 8, (n, 1))
     return _paint(np.asarray(colour)[:, None], np.asarray(shape)[:, None], centre, radius, rng, style)
 
-# %% ../nbs/01_mini.ipynb #c89e1479
+# %% ../nbs/01_mini.ipynb #954e317f
 @dataclass
 class MiniPairs:
     "Pictures with a caption each, and the scenes they were drawn from."
@@ -192,7 +192,7 @@ def tag_lists(scenes:Scenes,            # what to describe
     names = COLOUR_NAMES + SHAPES
     return [' '.join(names[w] for w in row) for row in rng.permuted(words, axis=1)]
 
-# %% ../nbs/01_mini.ipynb #2806dbc2
+# %% ../nbs/01_mini.ipynb #93e0eea6
 WEB_SENTENCES = .2  # share of clean sentences in the web split
 
 def make_pairs(n:int,               # how many
@@ -210,7 +210,7 @@ def make_pairs(n:int,               # how many
         captions = [c if s else t for c, t, s in zip(captions, tag_lists(scenes, rng), sentence)]
     return MiniPairs(scenes, render(scenes, rng), captions)
 
-# %% ../nbs/01_mini.ipynb #c7000ee7
+# %% ../nbs/01_mini.ipynb #d6560f21
 MERGES = 4000         # of CLIP's 48,894
 CONTEXT_LENGTH = 24   # tokens; a caption of the mini world has at most 15, 95 of 100 COCO captions at most 22
 
@@ -226,32 +226,15 @@ def mini_tokenizer(merges:int=MERGES,                # how many of CLIP's merges
     words = letters + [c + '</w>' for c in letters] + [''.join(p) for p in pairs] + ['<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=pairs, model_max_length=context_length)
 
-# %% ../nbs/01_mini.ipynb #6947673d
-@dataclass
-class Suite:
-    "A test suite of the mini world."
-    name:str                  # e.g. 'mini-winoground'
-    metric:str                # 'winoground', 'choice', 'zeroshot' or 'retrieval'
-    images:np.ndarray         # (pictures, 32, 32, 3) uint8
-    captions:list[str]        # distinct captions
-    image_index:np.ndarray    # (items, 1 or 2) into `images`
-    caption_index:np.ndarray  # (items, options) into `captions`
-    label:np.ndarray          # (items,) which option is right (for Winoground: of picture 0)
-    tags:np.ndarray           # (items,) kind of item
-    world:str='test'          # 'test' to report on, 'val' to choose settings on
-
-    def __len__(self): return len(self.image_index)
-    def __repr__(self): return (f'{self.name} ({self.world}): {len(self)} items, {len(self.images)} pictures, '
-                                f'{len(self.captions)} captions, tags {dict(Counter(self.tags.tolist()))}')
-
+# %% ../nbs/01_mini.ipynb #ab917e94
 def _suite(name, metric, images, image_index, options, world, label=None, tags=None):
     "Make a suite from caption options given as text: (items, options)."
     captions, index = np.unique(np.asarray(options), return_inverse=True)
     n = len(image_index)
     return Suite(name, metric, images, [str(c) for c in captions], image_index, index.reshape(n, -1),
-                 np.zeros(n, int) if label is None else label, np.full(n, name) if tags is None else np.asarray(tags), world)
+                 np.zeros(n, int) if label is None else label, np.full(n, '') if tags is None else np.asarray(tags), world)
 
-# %% ../nbs/01_mini.ipynb #0cb69d21
+# %% ../nbs/01_mini.ipynb #b3b02984
 def swap(scenes:Scenes, # the scenes
          tag:str,       # 'Object', 'Relation' or 'Both'
         ) -> Scenes:    # other scenes in the same words
@@ -281,12 +264,12 @@ def mini_winoground(n:int=400,          # items
     return _suite(name, 'winoground', images, np.stack([np.arange(n), n + np.arange(n)], 1),
                   np.stack([first.captions(), second.captions()], 1), world, tags=tags)
 
-# %% ../nbs/01_mini.ipynb #d740ad66
-def _choice(name, n, world, options):
+# %% ../nbs/01_mini.ipynb #2395cce2
+def _choice(name, n, world, options, metric='choice'):
     "Items of one picture whose first option is true."
     rng = stream(f'{name}-{world}')
     scenes = sample_scenes(n, rng)
-    return _suite(name, 'choice', render(scenes, rng), np.arange(n)[:, None], options(scenes, rng), world)
+    return _suite(name, metric, render(scenes, rng), np.arange(n)[:, None], options(scenes, rng), world)
 
 def mini_relation(n:int=2000, world:str='test') -> Suite:
     "ARO's VG-Relation in the mini world: objects exchanged."
@@ -296,7 +279,7 @@ def mini_attribution(n:int=2000, world:str='test') -> Suite:
     "ARO's VG-Attribution in the mini world: adjectives exchanged."
     return _choice('mini-attribution', n, world, lambda s, rng: np.stack([s.captions(), swap(s, 'Relation').captions()], 1))
 
-# %% ../nbs/01_mini.ipynb #c25e3b9f
+# %% ../nbs/01_mini.ipynb #6d5bfcb9
 def shuffles(caption:str,              # the true caption
              rng:np.random.Generator,  # the order of the words
             ) -> list[str]:            # four false ones
@@ -320,9 +303,9 @@ def _different(caption, rng):
 
 def mini_order(n:int=1000, world:str='test') -> Suite:
     "COCO-Order in the mini world: the true caption against four shuffles."
-    return _choice('mini-order', n, world, lambda s, rng: np.array([[c, *_different(c, rng)] for c in s.captions()]))
+    return _choice('mini-order', n, world, lambda s, rng: np.array([[c, *_different(c, rng)] for c in s.captions()]), 'order')
 
-# %% ../nbs/01_mini.ipynb #1b8e97d0
+# %% ../nbs/01_mini.ipynb #e1da54e2
 def _zeroshot(what, n, world):
     name = f'mini-zeroshot-{what}'
     rng = stream(f'{name}-{world}')
@@ -333,7 +316,8 @@ def _zeroshot(what, n, world):
     classes = dict(colour=[f'a {c} object' for c in COLOURS], shape=[f'a {s}' for s in SHAPES],
                    object=[f'a {c} {s}' for c in COLOURS for s in SHAPES])[what]
     label = dict(colour=colour, shape=shape, object=colour*len(SHAPES) + shape)[what]
-    return Suite(name, 'zeroshot', images, classes, np.arange(n)[:, None], np.tile(np.arange(len(classes)), (n, 1)), label, style, world)
+    return Suite(name, 'zeroshot', images, classes, np.arange(n)[:, None], np.broadcast_to(np.arange(len(classes)), (n, len(classes))),
+                 label, style, world, macros={'mean per class': np.array(classes)[label]})
 
 def mini_retrieval(n:int=1000, world:str='test') -> Suite:
     "`n` pictures that all look different, and their captions."
@@ -341,9 +325,9 @@ def mini_retrieval(n:int=1000, world:str='test') -> Suite:
     scenes = sample_scenes(n, rng, unique=True)
     index = np.arange(n)[:, None]
     return Suite('mini-retrieval', 'retrieval', render(scenes, rng), scenes.captions(), index, index,
-                 np.zeros(n, int), np.full(n, 'mini-retrieval'), world)
+                 np.zeros(n, int), np.full(n, ''), world)
 
-# %% ../nbs/01_mini.ipynb #126afc7e
+# %% ../nbs/01_mini.ipynb #edd8ef46
 SUITES = {
     'mini-winoground': mini_winoground,
     'mini-winoground-large': lambda n=4000, world='test': mini_winoground(n, world, 'mini-winoground-large'),
