@@ -78,8 +78,9 @@ pretrain: $(STAMP) ## train the mini world's models again, in name order, into d
 		echo $(BIN)/papermill $$nb out/pretrain/$$(basename $$nb) -p retrain True $(ARGS); \
 		$(BIN)/papermill $$nb out/pretrain/$$(basename $$nb) -p retrain True $(ARGS); done
 
-bench: $(STAMP) ## time the main job: seconds, peak memory, machine, versions (ARGS="--repeat 3")
+bench: $(STAMP) ## time the main job, and the scorers against the plain ways (ARGS="--repeat 3")
 	$(BIN)/python tools/bench.py $(ARGS)
+	$(BIN)/python tools/bench_scores.py
 
 clean: ## remove what can be made again, except .venv and downloaded data
 	rm -rf out runs build dist *.egg-info .ruff_cache .snakemake

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'LABEL', 'FeatureStore', 'ClipScorer', 'suite_scores', 'round_noise', 'look_plan', 'DenoisingScorer',
            'plain_errors', 'RecordedScorer', 'save_scores']
 
-# %% ../nbs/02c_scores.ipynb #e0154fb2
+# %% ../nbs/02c_scores.ipynb #0bcd614f
 import json, re, sqlite3, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -24,7 +24,7 @@ from .experiment import from_root
 from .mini import stream
 from .suite import Suite
 
-# %% ../nbs/02c_scores.ipynb #07beeeb1
+# %% ../nbs/02c_scores.ipynb #86c5d8b5
 def _unique(index):
     "The numbers in an index, ascending, and the index into those."
     values, place = np.unique(index, return_inverse=True)
@@ -46,7 +46,7 @@ def _index(images, captions, image_index, caption_index):
             raise ValueError(f'{name} holds {one.min()} to {one.max()}, but there are {n}: numbers from 0 to {n - 1} are needed')
     return i, c[0] if len(c) > 1 and _is_shared(c) else c
 
-# %% ../nbs/02c_scores.ipynb #31309e95
+# %% ../nbs/02c_scores.ipynb #13164819
 def _picture(images, i):
     "Picture `i` as a PIL image."
     image = images[i]
@@ -65,9 +65,10 @@ def _try(images, i, what):
         if getattr(images, 'on_error', 'raise') != 'skip': raise
         images.bad[int(i)] = str(e)
 
-def _ahead(things, load, batch_size, workers=4):
-    "Batches of `things` with `load` of each, the next batch being loaded in threads while one is in use."
-    batches = [things[k:k + batch_size] for k in range(0, len(things), batch_size)]
+def _batches(things, batch_size): return [things[k:k + batch_size] for k in range(0, len(things), batch_size)]
+
+def _ahead(batches, load, workers=4):
+    "Batches with `load` of each thing in them, the next batch being loaded in threads while one is in use."
     with ThreadPoolExecutor(workers) as pool:
         begin = lambda k: [pool.submit(load, t) for t in batches[k]] if k < len(batches) else []
         coming = begin(0)
@@ -75,11 +76,12 @@ def _ahead(things, load, batch_size, workers=4):
             now, coming = coming, begin(k + 1)
             yield batch, [f.result() for f in now]
 
-# %% ../nbs/02c_scores.ipynb #148105d2
+# %% ../nbs/02c_scores.ipynb #df0f1605
 def _distinct(images, numbers):
     "number -> key (None if it cannot be read), and key -> the first number that has it."
     keys, first = {}, {}
-    for batch, found in _ahead([int(i) for i in numbers], lambda i: _try(images, i, _picture_key), 1024): keys.update(zip(batch, found))
+    key = lambda i: _try(images, i, _picture_key)
+    for batch, found in _ahead(_batches([int(i) for i in numbers], 1024), key): keys.update(zip(batch, found))
     for i, k in keys.items():
         if k is not None: first.setdefault(k, i)
     return keys, first
@@ -95,7 +97,7 @@ def _bar(total, name, progress):
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=name, delay=2, leave=False, disable=not progress)
 
-# %% ../nbs/02c_scores.ipynb #3ab1185c
+# %% ../nbs/02c_scores.ipynb #a622d405
 class FeatureStore:
     "Vectors on disk by key."
     def __init__(self,
@@ -117,7 +119,7 @@ class FeatureStore:
                           'Delete the file and those beside it that end in -wal and -shm, or set store=None.')
             return otherwise
 
-# %% ../nbs/02c_scores.ipynb #b680347e
+# %% ../nbs/02c_scores.ipynb #4864b912
 @patch
 def get(self:FeatureStore,
         keys:list,  # of bytes
@@ -141,7 +143,7 @@ def put(self:FeatureStore,
     rows = [(k, v + zlib.crc32(k + v).to_bytes(4, 'little')) for k, v in values]
     if rows: self._do(lambda db: db.executemany('INSERT OR REPLACE INTO feature VALUES (?, ?)', rows), None)
 
-# %% ../nbs/02c_scores.ipynb #5cebffd6
+# %% ../nbs/02c_scores.ipynb #32b48838
 def _digest(*parts):
     "A digest of bytes, text, tensors."
     h = blake2b(digest_size=16)
@@ -163,7 +165,7 @@ def _preprocess_digest(preprocess):
     noise = np.random.default_rng(0).integers(0, 256, (2, 61, 97, 3), np.uint8)
     return _digest(*(preprocess(Image.fromarray(x)) for x in (noise[0], noise[1].swapaxes(0, 1))))
 
-# %% ../nbs/02c_scores.ipynb #b5fda970
+# %% ../nbs/02c_scores.ipynb #d5216353
 @contextmanager
 def _measuring(module):
     "Eval mode, no gradients; on leaving, every part is in the mode it was in."
@@ -173,6 +175,14 @@ def _measuring(module):
         with torch.inference_mode(): yield
     finally:
         for m, mode in modes: m.training = mode
+
+def _by_length(things, lengths, batch_size, least=16, spread=1.15):
+    "Batches of things sorted by length: a longer thing opens a new batch, unless that would leave a tiny one."
+    out = []
+    for x, n in zip(things, lengths):
+        if not out or len(out[-1]) >= batch_size or (len(out[-1]) >= least and n > spread*first): out.append([]); first = n
+        out[-1].append(x)
+    return out
 
 def _tokens(tokenizer, texts):
     "(n, L) token ids, and (n,) bool: was the end of the caption cut off?"
@@ -184,7 +194,7 @@ def _tokens(tokenizer, texts):
         cut[full] = (longer != ids[full]).any(1).numpy()
     return ids, cut
 
-# %% ../nbs/02c_scores.ipynb #007fc040
+# %% ../nbs/02c_scores.ipynb #3769c1c0
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 class ClipScorer:
@@ -207,15 +217,15 @@ class ClipScorer:
         if self.store == 'auto': return FeatureStore(from_root('out/features.sqlite')) if hasattr(images, 'key') else None
         return None if self.store is None else FeatureStore(self.store)
 
-# %% ../nbs/02c_scores.ipynb #166c2545
+# %% ../nbs/02c_scores.ipynb #b4c9143b
 @patch
-def _encode(self:ClipScorer, what, keys, load, tower, store, low):
-    "key -> unit feature, each from the store or through the tower; keys whose `load` gives None are left out."
+def _encode(self:ClipScorer, what, keys, batches, load, tower, store, low):
+    "key -> unit feature, each from the store or through the tower, in `batches(keys)`; keys whose `load` gives None are left out."
     have, device = store.get(keys) if store else {}, self.student.device
     todo = [k for k in keys if k not in have]
     self._count(what, encoded=len(todo), from_store=len(have))
     with _bar(len(todo), f'{self.name} {what}', self.progress) as bar:
-        for batch, inputs in _ahead(todo, load, self.batch_size, self.workers):
+        for batch, inputs in _ahead(batches(todo), load, self.workers):
             good = [(k, x) for k, x in zip(batch, inputs) if x is not None]; bar.update(len(batch))
             if not good: continue
             with torch.autocast(device.type, DTYPES.get(self.autocast), enabled=low):
@@ -229,7 +239,7 @@ def _encode(self:ClipScorer, what, keys, load, tower, store, low):
 def _count(self:ClipScorer, what, **numbers):
     for k, v in numbers.items(): self.details[f'{what}_{k}'] = self.details.get(f'{what}_{k}', 0) + v
 
-# %% ../nbs/02c_scores.ipynb #3ae2e0b2
+# %% ../nbs/02c_scores.ipynb #8117ac44
 @patch
 def _image_features(self:ClipScorer, images, numbers, low):
     "(len(numbers), D) unit features, NaN where a picture cannot be read."
@@ -237,7 +247,8 @@ def _image_features(self:ClipScorer, images, numbers, low):
     prefix = _tower_digest(s, 'image', self.autocast if low else 'float32') + _preprocess_digest(s.preprocess) if store else b''
     prepare = lambda images, i: s.preprocess(_picture(images, i))
     number = {prefix + k: i for k, i in first.items()}
-    found = self._encode('images', list(number), lambda k: _try(images, number[k], prepare), s.encode_image, store, low)
+    batches = lambda keys: _batches(keys, self.batch_size); load = lambda k: _try(images, number[k], prepare)
+    found = self._encode('images', list(number), batches, load, s.encode_image, store, low)
     _spread_bad(images, keys, {k for k in first if prefix + k in found})
     blank = np.full(s.embed_dim, np.nan, np.float32)
     return np.stack([found.get(prefix + k, blank) if k is not None else blank for k in (keys[int(i)] for i in numbers)])
@@ -250,12 +261,14 @@ def _text_features(self:ClipScorer, texts, store, low):
     self.details['truncated'] = int(cut.sum())
     prefix = _tower_digest(s, 'text', self.autocast if low else 'float32') if store else b''
     keys = [prefix + row.tobytes() for row in ids.int().numpy()]
-    row = {keys[k]: k for k in ids.argmax(-1).argsort(stable=True).tolist()}  # shortest first: CLIP's end has the highest id
-    found = self._encode('captions', list(row), lambda k: ids[row[k]], s.encode_text, store, low)
+    length = (ids.argmax(-1) + 1).tolist()  # CLIP's end has the highest id
+    row = {keys[k]: k for k in sorted(range(len(keys)), key=length.__getitem__)}
+    batches = lambda keys: _by_length(keys, [length[row[k]] for k in keys], self.batch_size)
+    found = self._encode('captions', list(row), batches, lambda k: ids[row[k]], s.encode_text, store, low)
     place = {t: found[k] for t, k in zip(distinct, keys)}
     return np.stack([place[t] for t in texts])
 
-# %% ../nbs/02c_scores.ipynb #81bf2c2b
+# %% ../nbs/02c_scores.ipynb #ad1f6ae8
 def _cosines(images, captions, i, c):
     "(items, P, O) from unit features and an index into them; `c` may be one row (O,) for all."
     if c.ndim == 1: return images[i] @ captions[c].T
@@ -285,7 +298,7 @@ def scores(self:ClipScorer,
     self.details['seconds'] = round(time.perf_counter() - start, 3)
     return s[:, 0] if pairs else s
 
-# %% ../nbs/02c_scores.ipynb #8e4d09d8
+# %% ../nbs/02c_scores.ipynb #83613576
 def _close_calls(s, delta):
     "(items,) bool: do two scores of a row, or with two pictures of a column, lie closer than `delta`?"
     near = lambda x: (np.diff(np.sort(x, -1), axis=-1) < delta).any((1, 2))
@@ -306,7 +319,7 @@ def _autocast_score(self:ClipScorer, images, captions, i, c, sample=64):
     self.details.update(precision=self.autocast, delta=delta, rescored=len(again) + len(exact))
     return s
 
-# %% ../nbs/02c_scores.ipynb #bab27301
+# %% ../nbs/02c_scores.ipynb #4fc9eda5
 def _pool(suite):
     "The (items, m) index of all captions of a suite, as a view."
     return np.broadcast_to(np.arange(len(suite.captions)), (len(suite), len(suite.captions)))
@@ -326,7 +339,7 @@ def _plain_suite_scores(scorer, suite, **kwargs):
         return scorer.scores(suite.images, suite.captions, suite.image_index[:, :1], _pool(suite), **kwargs)[:, 0]
     return scorer.scores(suite.images, suite.captions, suite.image_index, suite.caption_index, **kwargs)
 
-# %% ../nbs/02c_scores.ipynb #eb9ee9c3
+# %% ../nbs/02c_scores.ipynb #d90f5413
 @patch
 def of_suite(self:ClipScorer,
              suite:Suite, # of any kind
@@ -344,7 +357,7 @@ def of_suite(self:ClipScorer,
     self.details['seconds'] = round(time.perf_counter() - start, 3)
     return s
 
-# %% ../nbs/02c_scores.ipynb #6fbc57b8
+# %% ../nbs/02c_scores.ipynb #15cf130b
 def round_noise(item:str,      # id of the item
                 round:int,     # number of the round
                 strata:int,    # timesteps a round
@@ -358,7 +371,7 @@ def round_noise(item:str,      # id of the item
     t = np.floor(edges[:-1] + rng.random(strata)*np.diff(edges)).astype(int)
     return t.clip(*timesteps), rng.standard_normal((strata, *shape), np.float32)
 
-# %% ../nbs/02c_scores.ipynb #db3f72e1
+# %% ../nbs/02c_scores.ipynb #0db8840c
 @torch.inference_mode()
 def _unet(teacher, latents, noise, t, states, group):
     "(n,) errors of n rows and what each was told of noise; row k takes latent, noise and timestep `group[k]`, noised once."
@@ -368,7 +381,7 @@ def _unet(teacher, latents, noise, t, states, group):
     error = (teacher.predict_noise(noisy, t, states).float() - noise.float()).square().flatten(1).mean(1)
     return error.cpu().numpy(), told.cpu().numpy()
 
-# %% ../nbs/02c_scores.ipynb #3c2c90d8
+# %% ../nbs/02c_scores.ipynb #44d499df
 def look_plan(rounds:int,      # at most
               min_rounds:int,  # before the first look, at least 2
               comparisons:int, # an item
@@ -379,7 +392,7 @@ def look_plan(rounds:int,      # at most
     looks = sorted({r for k in range(64) if (r := int(min_rounds*2**(k/2) + .5)) <= rounds})
     return {r: float(t.ppf(1 - (1 - confidence)/(2*len(looks)*max(comparisons, 1)), r - 1)) for r in looks}
 
-# %% ../nbs/02c_scores.ipynb #350e466e
+# %% ../nbs/02c_scores.ipynb #cd4412e0
 class _Race:
     "The rounds of one item, the options still in play, and whether the order is settled."
     def __init__(self, pictures, options):
@@ -399,7 +412,7 @@ class _Race:
         if self.n > 1: r = v[..., :-1] - v[..., -1:]; d += [r[:, 0, k] - r[:, 1, k] for k in o]
         return np.stack(d, 1) if d else np.empty((len(v), 0)), [(k, b) for _, k, b in pairs]
 
-# %% ../nbs/02c_scores.ipynb #1da22f7e
+# %% ../nbs/02c_scores.ipynb #de5ad303
 @patch
 def look(self:_Race, enough):
     "Test all comparisons; drop what is behind; keep the standard error of the one that decides."
@@ -419,7 +432,7 @@ def errors(self:_Race):
     for k, best, gap in reversed(self.behind): e[0, k] = e[0, best] + gap
     return e
 
-# %% ../nbs/02c_scores.ipynb #be9139b1
+# %% ../nbs/02c_scores.ipynb #1e968d44
 def _assert_paired(rows, told):
     "`rows` (n, 4): item, draw, picture, option; `told` (n, 3): of the noise, the timestep, and the noised latent in the UNet."
     def same(key, of):
@@ -453,7 +466,7 @@ class DenoisingScorer:
         self.strata, self.timesteps, self.seed, self.batch_size, self.progress = strata, tuple(timesteps), seed, batch_size, progress
         self.name, self.details, self.last = f'denoising {teacher.name}', {}, {}
 
-# %% ../nbs/02c_scores.ipynb #b3d52ef7
+# %% ../nbs/02c_scores.ipynb #137630f9
 @patch
 def _round(self:DenoisingScorer, r, ids, latents, states, live):
     "(items, P, K) mean errors of round `r`, NaN where an option is not in play, and how many; `states` is a function of item and option."
@@ -470,7 +483,7 @@ def _round(self:DenoisingScorer, r, ids, latents, states, live):
     out = np.full((n, self.strata, p, live.shape[1]), np.nan, np.float32); out[tuple(rows.T)] = error
     return out.mean(1), len(rows)
 
-# %% ../nbs/02c_scores.ipynb #d90ea4e3
+# %% ../nbs/02c_scores.ipynb #525c156a
 @patch
 def _block(self:DenoisingScorer, ids, latents, texts, adaptive):
     "Races of some items, run to their end; and the evaluations of each. `texts`: (items) lists of options, or one list for all."
@@ -493,12 +506,12 @@ def _block(self:DenoisingScorer, ids, latents, texts, adaptive):
         if not len(active): break
     return races, used
 
-# %% ../nbs/02c_scores.ipynb #d46487ac
+# %% ../nbs/02c_scores.ipynb #75b942d7
 @patch
 def _latents(self:DenoisingScorer, images, numbers):
     "(len(numbers), ...) latents, each distinct picture encoded once; and which numbers could be read."
     keys, first = _distinct(images, numbers); found = {}
-    for batch, pictures in _ahead(list(first), lambda k: _try(images, first[k], _picture), self.batch_size):
+    for batch, pictures in _ahead(_batches(list(first), self.batch_size), lambda k: _try(images, first[k], _picture)):
         good = [(k, x) for k, x in zip(batch, pictures) if x is not None]
         if good: found.update(zip((k for k, _ in good), self.teacher.encode_images([x for _, x in good])))
     _spread_bad(images, keys, found); self.details['images_encoded'] = len(found)
@@ -520,7 +533,7 @@ def _run(self:DenoisingScorer, images, captions, i, c, ids, adaptive):
             races, used = self._block([ids[x] for x in b], latents[i[b]], texts, adaptive); bar.update(len(b))
             for x, race, e in zip(b, races, used): self._note(x, race, e, o)
 
-# %% ../nbs/02c_scores.ipynb #23e20442
+# %% ../nbs/02c_scores.ipynb #1672322c
 @patch
 def _note(self:DenoisingScorer, x, race, evaluations, options):
     "Put down what came out for item `x`."
@@ -551,7 +564,7 @@ def scores(self:DenoisingScorer,
                         settled=int(out['settled'].sum()), items=len(i), seconds=round(time.perf_counter() - start, 3))
     return s[:, 0] if pairs else s
 
-# %% ../nbs/02c_scores.ipynb #116ef454
+# %% ../nbs/02c_scores.ipynb #2f2e6d6a
 @patch
 def of_suite(self:DenoisingScorer,
              suite:Suite, # any but zero-shot with templates
@@ -560,7 +573,7 @@ def of_suite(self:DenoisingScorer,
     several = suite.metric != 'retrieval' and np.ndim(suite.label) == 2 and np.shape(suite.label)[1] > 1
     return _plain_suite_scores(self, suite, ids=getattr(suite, 'ids', None), adaptive=False if several else None)
 
-# %% ../nbs/02c_scores.ipynb #ec9ceb9d
+# %% ../nbs/02c_scores.ipynb #ab7a5212
 def plain_errors(teacher,            # a `Teacher`
                  suite:Suite,        # any with few options
                  draws:int=32,       # for every option
@@ -580,7 +593,7 @@ def plain_errors(teacher,            # a `Teacher`
         error[k:k + batch_size] = _unet(teacher, z, noise, t[d], c, torch.arange(len(i)))[0]
     return error.reshape(shape)
 
-# %% ../nbs/02c_scores.ipynb #d94bf6e6
+# %% ../nbs/02c_scores.ipynb #ca19b0f2
 LABEL = re.compile(r'(.+)_c(\d+)_i(\d+)')
 
 def _json_lines(path):
@@ -610,7 +623,7 @@ def _numbers(path, table):
                          f'({len(wrong)} such lines). Correct it; write nan where a picture could not be read.')
     return score
 
-# %% ../nbs/02c_scores.ipynb #dad097dc
+# %% ../nbs/02c_scores.ipynb #ca2487d5
 class RecordedScorer:
     "Scores from a file."
     def __init__(self,
@@ -635,7 +648,7 @@ class RecordedScorer:
                              '(item, caption, image): correct it')
         return table.assign(**dict(zip(('item', 'caption', 'image'), zip(*(p.groups() for p in parts)))))
 
-# %% ../nbs/02c_scores.ipynb #65312207
+# %% ../nbs/02c_scores.ipynb #b9059341
 @patch
 def _find(self:RecordedScorer, wanted):
     "(n,) float32 scores of the rows of `wanted`, a table with some of item, image, caption."
@@ -655,7 +668,7 @@ def _find(self:RecordedScorer, wanted):
     self.details = dict(looked_up=len(wanted), recorded=len(self.table), seconds=round(time.perf_counter() - start, 3))
     return got.score.to_numpy(np.float32)
 
-# %% ../nbs/02c_scores.ipynb #509ae182
+# %% ../nbs/02c_scores.ipynb #418497cd
 def _names(images): return np.array([str(x) for x in getattr(images, 'names', range(len(images)))], object)
 
 def _pairs(images, captions, i, c, ids=None):
@@ -679,7 +692,7 @@ def scores(self:RecordedScorer,
     s = self._find(wanted).reshape(shape)
     return s[:, 0] if image_index is None else s
 
-# %% ../nbs/02c_scores.ipynb #23524dfe
+# %% ../nbs/02c_scores.ipynb #f4fd496f
 def _asked(suite, by_item):
     "The table of what a suite asks for, and its shape."
     i, c = (suite.image_index[:, :1], _pool(suite)) if suite.metric == 'retrieval' else (suite.image_index, suite.caption_index)

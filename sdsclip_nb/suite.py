@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'Item', 'Suite', 'matches', 'get_item', 'groups', 'subset', 'tag_counts', 'show_item']
 
-# %% ../nbs/00a_suite.ipynb #f3d2c552
+# %% ../nbs/00a_suite.ipynb #fb793b90
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../nbs/00a_suite.ipynb #4fddd4ea
+# %% ../nbs/00a_suite.ipynb #bfb8ee28
 METRICS = {  # kind of suite -> its metrics, the first being the one to quote
     'winoground': ('text', 'image', 'group'),   # two images, two captions: caption k belongs to image k
     'choice': ('correct',),                     # one image; every right caption above every wrong one
@@ -23,7 +23,7 @@ METRICS = {  # kind of suite -> its metrics, the first being the one to quote
     'retrieval': ('R@1', 'R@5', 'R@10', 'R@1 text to image', 'R@5 text to image', 'R@10 text to image'),
 }
 
-# %% ../nbs/00a_suite.ipynb #9089f8d6
+# %% ../nbs/00a_suite.ipynb #72dd61a2
 class Item(NamedTuple):
     "One item, spelled out."
     id:str             # as its source calls it
@@ -59,7 +59,7 @@ class Suite:
 
     def __len__(self): return len(self.image_index)
 
-# %% ../nbs/00a_suite.ipynb #76a3cb6b
+# %% ../nbs/00a_suite.ipynb #f421c315
 def _right(suite, i):
     "The right options of item `i`, for picture 0."
     return np.atleast_1d(suite.label[i])
@@ -81,7 +81,7 @@ def get_item(suite:Suite, # any
     return Item(str(i) if suite.ids is None else suite.ids[i], [suite.images[j] for j in suite.image_index[i]],
                 [suite.captions[j] for j in k], match, groups(suite)[i], tuple(t for t in str(suite.tags[i]).split('|') if t))
 
-# %% ../nbs/00a_suite.ipynb #e1872d90
+# %% ../nbs/00a_suite.ipynb #e4857df9
 def groups(suite:Suite) -> np.ndarray: # (items,) int
     "A number for each group of items that are not independent."
     if suite.group is not None: return np.unique(suite.group, return_inverse=True)[1]
@@ -93,14 +93,17 @@ def groups(suite:Suite) -> np.ndarray: # (items,) int
     edges = coo_array((np.ones(n*p), (np.repeat(np.arange(n), p), n + suite.image_index.ravel())), shape=(nodes, nodes))
     return np.unique(connected_components(edges, directed=False)[1][:n], return_inverse=True)[1]
 
-# %% ../nbs/00a_suite.ipynb #8353e15c
+# %% ../nbs/00a_suite.ipynb #debb6852
 def subset(suite:Suite, # any
            items,       # numbers, or a (items,) bool mask
           ) -> Suite:   # with the same images and captions
     "Some items of a suite, in the order given."
     k = np.asarray(items); k = np.flatnonzero(k) if k.dtype == bool else k.astype(int)
     part = lambda d: {name: np.asarray(v)[k] for name, v in d.items()}
-    return replace(suite, image_index=suite.image_index[k], caption_index=suite.caption_index[k], label=suite.label[k], tags=suite.tags[k],
+    options = suite.caption_index
+    shared = len(options) and options.strides[0] == 0  # one row seen from every item, as in zero-shot: do not copy it for each
+    options = np.broadcast_to(options[0], (len(k), options.shape[1])) if shared else options[k]
+    return replace(suite, image_index=suite.image_index[k], caption_index=options, label=suite.label[k], tags=suite.tags[k],
                    ids=None if suite.ids is None else [suite.ids[i] for i in k], group=groups(suite)[k],
                    macros=part(suite.macros), joint=part(suite.joint))
 
@@ -116,7 +119,7 @@ def _summary(suite):
 
 Suite.__repr__ = _summary
 
-# %% ../nbs/00a_suite.ipynb #3ec86283
+# %% ../nbs/00a_suite.ipynb #d9e2e3da
 def show_item(suite:Suite,   # any
               i:int=0,       # number of the item
               options:int=5, # captions shown at most

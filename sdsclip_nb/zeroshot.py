@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZEROSHOT', 'as_templates', 'zeroshot_suite', 'ZeroShot', 'imagefolder']
 
-# %% ../nbs/01f_zeroshot.ipynb #d93e4e38
+# %% ../nbs/01f_zeroshot.ipynb #7a50be92
 import json
 import os
 import warnings
@@ -21,7 +21,7 @@ from .experiment import MINI_COMMAND, Missing, MissingError
 from .reader import Images, Picture, benchmark, check_caption
 from .suite import Suite
 
-# %% ../nbs/01f_zeroshot.ipynb #552ce368
+# %% ../nbs/01f_zeroshot.ipynb #9bc32f10
 def as_templates(templates) -> list[str]: # each with '{}'
     "Prompts of either spelling, checked."
     out = [t.replace('{c}', '{}') if isinstance(t, str) else t for t in ([templates] if isinstance(templates, str) else templates)]
@@ -31,7 +31,7 @@ def as_templates(templates) -> list[str]: # each with '{}'
     if not out: raise DataError("templates is empty. Give at least one, such as 'a photo of a {}.'")
     return out
 
-# %% ../nbs/01f_zeroshot.ipynb #4a45106b
+# %% ../nbs/01f_zeroshot.ipynb #517e8619
 def _files(ds):
     "The files of the pictures, or None when they stand in an array."
     if hasattr(ds, 'samples'): return [Path(p) for p, _ in ds.samples]
@@ -46,7 +46,7 @@ def _labels(ds):
         if getattr(ds, name, None) is not None: return np.asarray(getattr(ds, name)).astype(int)
     raise DataError(f'{type(ds).__name__}: its labels are not where they were. Use the torchvision of requirements.lock.')
 
-# %% ../nbs/01f_zeroshot.ipynb #b6b8483d
+# %% ../nbs/01f_zeroshot.ipynb #8e266cbd
 def _nth(ds, i): return ds[i][0]
 
 def _pictures(ds, root):
@@ -62,7 +62,7 @@ def _pictures(ds, root):
         elif p.name not in there[p.parent]: yield BadItem(f'the image file {name} is missing. Fetch or unpack the images again.')
         else: yield Picture(name, p)
 
-# %% ../nbs/01f_zeroshot.ipynb #425e53ee
+# %% ../nbs/01f_zeroshot.ipynb #1628e9e4
 def _class_names(ds, class_names):
     "The names, as many as the data has classes."
     found = getattr(ds, 'class_to_idx', None)  # stays with the folders when the names are replaced
@@ -85,7 +85,7 @@ def _zeroshot(name, pictures, labels, names, templates, intake, notes):
                  ids=[p.name for p in pictures], group=np.arange(n), macros={'mean per class': own[labels]}, templates=templates,
                  skipped=intake.skipped, notes=notes)
 
-# %% ../nbs/01f_zeroshot.ipynb #02e7bb13
+# %% ../nbs/01f_zeroshot.ipynb #b2480ebe
 def zeroshot_suite(name:str,              # of the suite
                    ds,                    # a torchvision data set
                    root:Path,             # names of pictures are told from here
@@ -105,14 +105,14 @@ def zeroshot_suite(name:str,              # of the suite
     if not intake.items: raise DataError(f'{root}: {name} has no picture. Left out: {intake.skipped[:3] or "none, it is empty"}')
     return _zeroshot(name, *zip(*intake.items), names, templates, intake, notes)
 
-# %% ../nbs/01f_zeroshot.ipynb #e29bace9
+# %% ../nbs/01f_zeroshot.ipynb #cb4a05e3
 class ZeroShot(NamedTuple):
     "Where a set comes from."
     key:str     # what CLIP Benchmark calls it
     files:dict  # pattern below its folder -> where it comes from
     split:str   # what is taken
 
-# %% ../nbs/01f_zeroshot.ipynb #59ea8597
+# %% ../nbs/01f_zeroshot.ipynb #cdce4119
 ZEROSHOT = {
     'imagenet': ZeroShot('imagenet1k-unverified', {'val/*/*': 'ILSVRC2012_img_val.tar, sorted into folders by WordNet id, image-net.org'},
                          'the validation set'),
@@ -135,7 +135,7 @@ ZEROSHOT = {
                                  'stl10_binary/class_names.txt': 'the same'}, 'test'),
 }
 
-# %% ../nbs/01f_zeroshot.ipynb #14a93d50
+# %% ../nbs/01f_zeroshot.ipynb #0f775d12
 def _open(name, root, **options):
     "The data set as CLIP Benchmark builds it, with `classes` and `templates`."
     from clip_benchmark.datasets.builder import build_dataset
@@ -158,7 +158,7 @@ def _load(name, root, on_error, class_names=None, templates=None):
 for _name, _spec in ZEROSHOT.items():
     benchmark(_name, 'zero-shot classification', 'CLIP Benchmark (LAION) and torchvision', _spec.files)(partial(_load, _name))
 
-# %% ../nbs/01f_zeroshot.ipynb #837c3aa0
+# %% ../nbs/01f_zeroshot.ipynb #fea55795
 def _folder_names(ds, class_names):
     "The class names for the folders of `ds`."
     folders = list(ds.class_to_idx)
