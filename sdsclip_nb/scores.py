@@ -178,7 +178,7 @@ def _measuring(module):
 
 def _by_length(things, lengths, batch_size, least=16, spread=1.15):
     "Batches of things sorted by length: a longer thing opens a new batch, unless that would leave a tiny one."
-    out = []
+    out = []; first = 0
     for x, n in zip(things, lengths):
         if not out or len(out[-1]) >= batch_size or (len(out[-1]) >= least and n > spread*first): out.append([]); first = n
         out[-1].append(x)
