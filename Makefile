@@ -81,6 +81,7 @@ pretrain: $(STAMP) ## train the mini world's models again, in name order, into d
 bench: $(STAMP) ## time the main job, and the scorers against the plain ways (ARGS="--repeat 3")
 	$(BIN)/python tools/bench.py $(ARGS)
 	$(BIN)/python tools/bench_scores.py
+	$(BIN)/python tools/bench_scores.py --part denoising
 
 clean: ## remove what can be made again, except .venv and downloaded data
 	rm -rf out runs build dist *.egg-info .ruff_cache .snakemake
