@@ -402,6 +402,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                                                                  'sdsclip_nb/teacher.py'),
                                     'sdsclip_nb.teacher.Teacher.predict_noise': ( 'teacher.html#teacher.predict_noise',
                                                                                   'sdsclip_nb/teacher.py'),
+                                    'sdsclip_nb.teacher._fresh': ('teacher.html#_fresh', 'sdsclip_nb/teacher.py'),
+                                    'sdsclip_nb.teacher._open_pipeline': ('teacher.html#_open_pipeline', 'sdsclip_nb/teacher.py'),
                                     'sdsclip_nb.teacher._pixels': ('teacher.html#_pixels', 'sdsclip_nb/teacher.py'),
                                     'sdsclip_nb.teacher._quiet': ('teacher.html#_quiet', 'sdsclip_nb/teacher.py'),
                                     'sdsclip_nb.teacher.even_timesteps': ('teacher.html#even_timesteps', 'sdsclip_nb/teacher.py'),

@@ -198,6 +198,7 @@ WEB_SENTENCES = .2  # share of clean sentences in the web split
 def make_pairs(n:int,               # how many
                split:str='clean',   # 'clean' (sentences), 'web' (mostly tag lists), or 'val' / 'test' (clean, kept for measuring)
                seed:int=0,          # another seed, another world
+               sentences:float=WEB_SENTENCES, # share of clean sentences in the web split
               ) -> MiniPairs:
     "Draw `n` image-caption pairs of one split."
     if split not in ('clean', 'web', 'val', 'test'):
@@ -206,7 +207,7 @@ def make_pairs(n:int,               # how many
     scenes = sample_scenes(n, rng)
     captions = scenes.captions()
     if split == 'web':
-        sentence = rng.random(n) < WEB_SENTENCES
+        sentence = rng.random(n) < sentences
         captions = [c if s else t for c, t, s in zip(captions, tag_lists(scenes, rng), sentence)]
     return MiniPairs(scenes, render(scenes, rng), captions)
 

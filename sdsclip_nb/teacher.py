@@ -13,11 +13,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from fastcore.basics import patch
 from PIL import Image
 
-from .experiment import TEACHERS, repo_root
+from .experiment import RANDOM, TEACHER_FILES, TEACHERS, repo_root
 
 # %% ../nbs/02_teacher.ipynb #ad2916f4
 def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
@@ -26,7 +26,7 @@ def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
     source = TEACHERS.get(name, name)
     here = repo_root()/source
     if here.is_dir():
-        if not (here/'model_index.json').is_file():
+        if not any((here/f).is_file() for f in TEACHER_FILES):
             raise FileNotFoundError(f'{source} is not a diffusers pipeline folder: model_index.json is missing. '
                                     f'Save one with pipeline.save_pretrained({source!r}).')
         return str(here)
@@ -76,18 +76,29 @@ def _quiet():
     finally:
         for m, v in zip(loggers, before): m.set_verbosity(v); m.enable_progress_bar()
 
-def load_teacher(name:str='mini',       # a key of `TEACHERS`, a folder, or a hub id
+def _open_pipeline(source, **kwargs):
+    "The pipeline in a folder or on the hub; a folder with only UNet and scheduler has the mini teacher's other parts."
+    if not (Path(source)/'model_index.json').is_file() and (Path(source)/'unet').is_dir():
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder='unet', torch_dtype=kwargs.get('torch_dtype', torch.float32))
+        kwargs |= dict(unet=unet, scheduler=DDPMScheduler.from_pretrained(source, subfolder='scheduler'))
+        source = teacher_source('mini')
+    return DiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **kwargs)
+
+def load_teacher(name:str='mini',       # a key of `TEACHERS`, a folder, or a hub id; before it 'random:' for fresh weights in the UNet
                  device='cpu',          # where it computes
                  dtype=torch.float32,   # float16 halves the memory on a GPU
                  **kwargs               # to diffusers' `from_pretrained`, e.g. revision, variant
                 ) -> Teacher:
     "Open a teacher by name, path or hub id."
     if dtype != torch.float32: kwargs['torch_dtype'] = dtype
-    with _quiet():
-        pipe = DiffusionPipeline.from_pretrained(teacher_source(name), safety_checker=None, feature_extractor=None,
-                                                 requires_safety_checker=False, **kwargs)
+    with _quiet(): pipe = _open_pipeline(teacher_source(name.removeprefix(RANDOM)), **kwargs)
     pipe.set_progress_bar_config(disable=True)
+    if name.startswith(RANDOM): pipe.unet = _fresh(pipe.unet)
     return Teacher(pipe, device, dtype, name)
+
+def _fresh(unet, seed=0):
+    "A UNet of the same shape that has learnt nothing."
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); return UNet2DConditionModel.from_config(unet.config)
 
 # %% ../nbs/02_teacher.ipynb #4c5eb88f
 @patch(as_prop=True)

@@ -25,7 +25,7 @@ from transformers import get_cosine_schedule_with_warmup
 from .data import PairBatches, load_pairs
 from .evaluate import Result, evaluate
 from .experiment import (
-    Experiment, Record, digest, file_hash, from_root, make_experiment, pick_device, repo_root, require, run_name, start_record)
+    TEACHERS, Experiment, Record, digest, file_hash, from_root, make_experiment, pick_device, repo_root, require, run_name, start_record)
 from .losses import clip_loss, sds_loss, teacher_captions, total_loss
 from .mini import load_suite
 from .student import load_student, make_map, save_student, student_latents, student_source
@@ -208,7 +208,8 @@ def start(e:Experiment, parts:Parts):
     inputs = dict(pairs=parts.pairs.content_hash())
     source, _ = student_source(e.arch, e.scale, e.pretrained)
     if source.startswith('local-dir:'): inputs['student'] = file_hash(Path(source[10:])/'open_clip_model.safetensors')
-    if parts.teacher is not None and e.teacher == 'mini': inputs['teacher'] = file_hash(from_root('data/mini/teacher/unet'))
+    unet = from_root(TEACHERS.get(e.teacher, e.teacher))/'unet'
+    if parts.teacher is not None and unet.is_dir(): inputs['teacher'] = file_hash(unet)
     return accelerator, folder, start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
 
 # %% ../nbs/03_train.ipynb #18b4ba17

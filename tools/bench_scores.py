@@ -128,7 +128,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.part == "clip" and not (args.data.is_dir() and args.images.is_dir()):
-        print(f"Skipped: {args.data} or {args.images} is not there. Give SugarCrepe's JSON files and COCO's val2017 with --data and --images.")
+        print(f"Skipped: {args.data} or {args.images} is not there: give SugarCrepe's files (--data) and COCO's val2017 (--images)")
         return 0
     machine = {"threads": args.threads, "machine": platform.machine(), "torch": torch.__version__}
     print(json.dumps({"part": args.part, **(clip if args.part == "clip" else denoising)(args), **machine}, indent=1))
