@@ -22,6 +22,7 @@ SEEDS = int(config.get("seeds", 3))  # of ViT-B-32 and, at mini scale, ViT-B-32-
 OTHER_SEEDS = int(config.get("other_seeds", config.get("all_seeds", 1)))  # of the other students
 EXTRA_SEEDS = int(config.get("extra_seeds", config.get("all_seeds", 1)))  # of the variants of ViT-B-32
 STEPS = config.get("steps")  # optimizer steps; none: the scale's own
+ITEMS = config.get("items")  # of each suite, to try the graph out; none: all
 if SCALE not in SCALES:
     raise WorkflowError(f"scale={SCALE!r} is unknown: give --config scale=mini or scale=paper")
 
@@ -117,7 +118,7 @@ rule fine_tune:
         mem_mb=32000 if GPU else 3000,
     shell:
         "{PAPERMILL} nbs/jobs/fine_tune.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
-        "-p training {wildcards.training} -p seed {wildcards.seed} -p steps {params.steps} -p out_dir {params.folder}"
+        "-p training {wildcards.training} -p seed {wildcards.seed} -p steps {params.steps} -p threads {threads} -p out_dir {params.folder}"
 
 
 rule measure:
@@ -130,6 +131,7 @@ rule measure:
         notebook=f"{OUT}/logs/measure/{{student}}-{{training}}-seed{{seed}}.ipynb",
     params:
         source=source("nbs/jobs/measure.ipynb"),
+        items=ITEMS,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
     threads: 1
@@ -139,7 +141,7 @@ rule measure:
         mem_mb=32000 if GPU else 3000,
     shell:
         "{PAPERMILL} nbs/jobs/measure.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
-        "-p training {wildcards.training} -p seed {wildcards.seed} -p n None -p run_dir {params.folder} -p out_dir {params.to}"
+        "-p training {wildcards.training} -p seed {wildcards.seed} -p n {params.items} -p threads {threads} -p run_dir {params.folder} -p out_dir {params.to}"
 
 
 use rule measure as measure_untouched with:
@@ -150,6 +152,7 @@ use rule measure as measure_untouched with:
         f"{OUT}/outcomes/{{student}}/{{training,base}}/seed{{seed}}/metrics.json",
     params:
         source=source("nbs/jobs/measure.ipynb"),
+        items=ITEMS,
         folder=None,
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
 
@@ -167,6 +170,7 @@ rule measure_teacher:
         notebook=f"{OUT}/logs/measure/teacher-{{teacher}}.ipynb",
     params:
         source=source("nbs/jobs/measure.ipynb"),
+        items=ITEMS,
         to=f"{OUT}/outcomes/teacher:{{teacher}}",
     threads: 1
     resources:
@@ -175,7 +179,7 @@ rule measure_teacher:
         mem_mb=32000 if GPU else 3000,
     shell:
         "{PAPERMILL} nbs/jobs/measure.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student teacher:{wildcards.teacher} "
-        "-p n None -p out_dir {params.to}"
+        "-p n {params.items} -p threads {threads} -p out_dir {params.to}"
 
 
 rule result:

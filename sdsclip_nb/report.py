@@ -6,7 +6,7 @@
 __all__ = ['MARKERS', 'MARKS', 'SOURCE', 'RULES', 'Runs', 'levels', 'gaps', 'in_words', 'point_ranges', 'legend_below', 'begin',
            'write', 'stamped', 'read', 'published', 'verdict', 'judge']
 
-# %% ../nbs/05_report.ipynb #d929e794
+# %% ../nbs/05_report.ipynb #8cba06c0
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .evaluate import KEYS, Result, compare, compare_seeds, holm, over_seeds
 from .experiment import file_hash, from_root, start_record
 
-# %% ../nbs/05_report.ipynb #87039969
+# %% ../nbs/05_report.ipynb #74b88777
 @dataclass
 class Runs:
     "The measured runs of a plan."
@@ -42,7 +42,7 @@ class Runs:
         self.read[name] = file_hash(path)
         return Result.load(path.parent)
 
-# %% ../nbs/05_report.ipynb #69aaae5e
+# %% ../nbs/05_report.ipynb #d107505c
 @patch
 def names(self:Runs, student:str, training:str) -> list:
     "The runs of one student and training, by seed."
@@ -66,7 +66,7 @@ def history(self:Runs, student:str, training:str) -> pd.DataFrame: # columns of 
     return pd.concat([pd.read_csv(self.folder/'runs'/n/'history.csv').assign(seed=int(n.rsplit('seed', 1)[1]))
                       for n in self.names(student, training)])
 
-# %% ../nbs/05_report.ipynb #e9092c70
+# %% ../nbs/05_report.ipynb #0c6fabc2
 def levels(runs:Runs,
            students:list,   # of the plan
            trainings:list,  # of the plan
@@ -97,7 +97,7 @@ def gaps(runs:Runs,
             out.append(table[[*KEYS, 'difference', 'low', 'high', 'p']].assign(student=student, before=before, after=after, seeds=len(b)))
     return pd.concat(out)[['student', 'before', 'after', *KEYS, 'seeds', 'difference', 'low', 'high', 'p']].reset_index(drop=True)
 
-# %% ../nbs/05_report.ipynb #74d048a7
+# %% ../nbs/05_report.ipynb #9c3fb02c
 def _gap(a, b):
     "Over seeds where there are several, else over items; the untouched student is the same for every seed."
     if len(b) == 1: return compare(a[0], b[0])
@@ -110,9 +110,10 @@ def in_words(table:pd.DataFrame,  # from `levels` or `gaps`
     if 'difference' in table:
         return pd.Series([f'{100*r.difference:+.1f}' + ('' if pd.isna(r.low) else f' [{100*r.low:+.1f}, {100*r.high:+.1f}]')
                           for r in table.itertuples()], table.index)
-    return pd.Series([f'{r.value:.3f}' + ('' if pd.isna(r.low) else f' [{r.low:.3f}, {r.high:.3f}]') for r in table.itertuples()], table.index)
+    return pd.Series([f'{r.value:.3f}' + ('' if pd.isna(r.low) else f' [{r.low:.3f}, {r.high:.3f}]')
+                      for r in table.itertuples()], table.index)
 
-# %% ../nbs/05_report.ipynb #7c233b84
+# %% ../nbs/05_report.ipynb #c270b16d
 MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X', '*')
 def point_ranges(table:pd.DataFrame, # with low, high and `value` or `difference`
                  row:str,            # column: one line of the picture each
@@ -127,7 +128,8 @@ def point_ranges(table:pd.DataFrame, # with low, high and `value` or `difference
         part = table[table[hue] == h]; x = by*(part.difference if by == 100 else part.value)
         y = np.array([rows.index(r) for r in part[row]]) + (k - (len(hues) - 1)/2)*.7/len(hues)
         bars = np.nan_to_num([x - by*part.low, by*part.high - x]).clip(0)
-        ax.errorbar(x, y, xerr=bars, fmt=MARKERS[k % 8], color=str(round(.65*k/max(1, len(hues) - 1), 2)), ms=4.5, capsize=2, lw=1.1, label=h)
+        grey = str(round(.65*k/max(1, len(hues) - 1), 2))
+        ax.errorbar(x, y, xerr=bars, fmt=MARKERS[k % 8], color=grey, ms=4.5, capsize=2, lw=1.1, label=h)
     ax.set(yticks=range(len(rows)), ylim=(len(rows) - .5, -.5), xlabel='difference, points' if by == 100 else 'share right')
     ax.set_yticklabels(rows); ax.grid(axis='x', alpha=.3); ax.spines[['top', 'right']].set_visible(False)
     if by == 100: ax.axvline(0, color='.7', lw=.8, zorder=0)
@@ -138,7 +140,7 @@ def legend_below(fig, axes):
     found = {text: handle for ax in np.ravel(axes) for handle, text in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), loc='outside lower center', ncols=min(5, len(found)), fontsize=8, frameon=False)
 
-# %% ../nbs/05_report.ipynb #a308ede9
+# %% ../nbs/05_report.ipynb #95a1164c
 def begin(name:str,        # of the result
           runs:Runs,       # what it is made from
           ):               # Record
@@ -173,7 +175,7 @@ def stamped(fig, name, scale, folder):
             fig.savefig(folder/f'{name}.{ending}', dpi=150, metadata=about)
     return [f'{name}.png', f'{name}.svg']
 
-# %% ../nbs/05_report.ipynb #f90a5cbd
+# %% ../nbs/05_report.ipynb #6670f34f
 def read(name:str,           # of the result
          figures='figures',  # the folder
          suffix:str='',      # of NAME_SUFFIX.csv
@@ -183,7 +185,7 @@ def read(name:str,           # of the result
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing: `make reproduce` writes it')
     return pd.read_csv(path)
 
-# %% ../nbs/05_report.ipynb #7872685c
+# %% ../nbs/05_report.ipynb #a05bed2e
 MARKS = {'C': 'confirmed from a public source', 'M': 'transcribed, unverified', 'D': 'derived'}
 SOURCE = 'arXiv 2307.09233'
 
@@ -196,10 +198,10 @@ def published(name:str         # of a file in data/published
     table = pd.read_csv(path)
     return table.assign(mark=table.mark.map(MARKS))
 
-# %% ../nbs/05_report.ipynb #1fb24d5b
+# %% ../nbs/05_report.ipynb #02de0500
 RULES = {
-    'gain': ('holds: every 95 % interval lies above zero and p < 0.05; does not hold: some interval lies below the margin, the smallest gain '
-             'published; undecided: otherwise'),
+    'gain': ('holds: every 95 % interval lies above zero and p < 0.05; does not hold: some interval lies below the margin, the '
+             'smallest gain published; undecided: otherwise'),
     'no gain': ('holds: every 95 % interval lies below the margin; does not hold: some difference reaches the margin and its interval lies '
                 'above zero; undecided: otherwise'),
     'kept': ('holds: every 95 % interval lies above minus the margin; does not hold: some difference is below minus the margin and its '
@@ -224,7 +226,7 @@ def verdict(rule:str,             # of `RULES`
         'above': ((low > 0).all() and p < .05, (high < 0).any())}[rule]
     return 'holds' if holds else 'does not hold' if fails else 'undecided'
 
-# %% ../nbs/05_report.ipynb #7409a7c5
+# %% ../nbs/05_report.ipynb #8ab91a33
 def judge(claims:pd.DataFrame, # claim, published, mark, rule, margin: from `published('claims')`
           found:dict,          # claim -> differences from `gaps` (those the claim is about), or an empty table
          ) -> pd.DataFrame:    # a row a claim
@@ -238,8 +240,9 @@ def judge(claims:pd.DataFrame, # claim, published, mark, rule, margin: from `pub
     return pd.DataFrame(rows)
 
 def _range(t):
-    return '' if not len(t) else f'{100*t.difference.min():+.1f}' + (f' to {100*t.difference.max():+.1f}' if len(t) > 1 else '')
+    if not len(t): return ''
+    return f'{100*t.difference.min():+.1f}' + (f' to {100*t.difference.max():+.1f}' if len(t) > 1 else '')
 
 def _lowest(t): return '' if not len(t) else in_words(t.loc[[t.difference.idxmin()]]).iloc[0]
 
-def _seeds(t): return '' if not len(t) else '-'.join(str(x) for x in sorted({t.seeds.min(), t.seeds.max()}))
+def _seeds(t): return '' if not len(t) else ' or '.join(str(x) for x in sorted(set(t.seeds)))
