@@ -131,7 +131,7 @@ rule measure:
         notebook=f"{OUT}/logs/measure/{{student}}-{{training}}-seed{{seed}}.ipynb",
     params:
         source=source("nbs/jobs/measure.ipynb"),
-        items=ITEMS,
+        n=ITEMS,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
     threads: 1
@@ -141,7 +141,7 @@ rule measure:
         mem_mb=32000 if GPU else 3000,
     shell:
         "{PAPERMILL} nbs/jobs/measure.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
-        "-p training {wildcards.training} -p seed {wildcards.seed} -p n {params.items} -p threads {threads} -p run_dir {params.folder} -p out_dir {params.to}"
+        "-p training {wildcards.training} -p seed {wildcards.seed} -p n {params.n} -p threads {threads} -p run_dir {params.folder} -p out_dir {params.to}"
 
 
 use rule measure as measure_untouched with:
@@ -152,7 +152,7 @@ use rule measure as measure_untouched with:
         f"{OUT}/outcomes/{{student}}/{{training,base}}/seed{{seed}}/metrics.json",
     params:
         source=source("nbs/jobs/measure.ipynb"),
-        items=ITEMS,
+        n=ITEMS,
         folder=None,
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
 
@@ -170,7 +170,7 @@ rule measure_teacher:
         notebook=f"{OUT}/logs/measure/teacher-{{teacher}}.ipynb",
     params:
         source=source("nbs/jobs/measure.ipynb"),
-        items=ITEMS,
+        n=ITEMS,
         to=f"{OUT}/outcomes/teacher:{{teacher}}",
     threads: 1
     resources:
@@ -179,7 +179,7 @@ rule measure_teacher:
         mem_mb=32000 if GPU else 3000,
     shell:
         "{PAPERMILL} nbs/jobs/measure.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student teacher:{wildcards.teacher} "
-        "-p n {params.items} -p threads {threads} -p out_dir {params.to}"
+        "-p n {params.n} -p threads {threads} -p out_dir {params.to}"
 
 
 rule result:
