@@ -35,7 +35,7 @@ GPU = 1 if SCALE == "paper" else 0
 modules = lambda names: [f"sdsclip_nb/{m}.py" for m in names.split()]
 TRAIN_CODE = modules("experiment mini data teacher student losses train")
 MEASURE_CODE = modules("experiment suite reader mini benchmarks compositional pairwise order zeroshot teacher student scores evaluate")
-REPORT_CODE = modules("evaluate report")
+REPORT_CODE = modules("evaluate plan report")
 
 
 def source(notebook):

@@ -243,6 +243,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                  'sdsclip_nb.plan.PlannedRun.name': ('plan.html#plannedrun.name', 'sdsclip_nb/plan.py'),
                                  'sdsclip_nb.plan.PlannedRun.trained': ('plan.html#plannedrun.trained', 'sdsclip_nb/plan.py'),
                                  'sdsclip_nb.plan._lambdas': ('plan.html#_lambdas', 'sdsclip_nb/plan.py'),
+                                 'sdsclip_nb.plan.named': ('plan.html#named', 'sdsclip_nb/plan.py'),
                                  'sdsclip_nb.plan.plan': ('plan.html#plan', 'sdsclip_nb/plan.py'),
                                  'sdsclip_nb.plan.result_needs': ('plan.html#result_needs', 'sdsclip_nb/plan.py'),
                                  'sdsclip_nb.plan.student_settings': ('plan.html#student_settings', 'sdsclip_nb/plan.py'),

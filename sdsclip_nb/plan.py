@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'MAIN', 'NAMES', 'VARIANTS', 'CARRYING', 'SUITES_OF', 'TEACHERS_OF', 'TEACHER_ITEMS', 'WINOGROUND', 'VARIED',
-           'RESULTS', 'student_settings', 'training_settings', 'PlannedRun', 'variant_students', 'plan', 'result_needs']
+           'RESULTS', 'COLUMNS', 'ZEROSHOT', 'student_settings', 'training_settings', 'PlannedRun', 'variant_students',
+           'plan', 'result_needs', 'named']
 
-# %% ../nbs/04c_plan.ipynb #da27c16e
+# %% ../nbs/04c_plan.ipynb #043058a0
 from dataclasses import dataclass
+
+import pandas as pd
 
 from .experiment import Experiment, make_experiment
 from .student import STUDENTS
 
-# %% ../nbs/04c_plan.ipynb #0485d3e4
+# %% ../nbs/04c_plan.ipynb #4ff5c456
 OPEN = {  # scale -> name -> settings; the five are named by their architecture
     'mini': {'ViT-B-32-sentences': dict(arch='ViT-B-32-sentences')},
     'paper': {'ViT-B-32-laion2b': dict(arch='ViT-B-32', pretrained='laion2b_s34b_b79k'),
@@ -29,7 +32,7 @@ def student_settings(student:str,      # one of the five, or of `OPEN`
         raise ValueError(f'student={student!r} is not in the plan of scale {scale!r}: choose one of {", ".join(known)}')
     return known[student]
 
-# %% ../nbs/04c_plan.ipynb #9e85931d
+# %% ../nbs/04c_plan.ipynb #e131dbc4
 MAIN = {
     'base': dict(loss='base'), 'clip': dict(loss='clip'), 'sds': dict(loss='clip+sds'),
     'placebo': dict(loss='clip+sds', control='shuffled-captions')}
@@ -53,7 +56,7 @@ VARIANTS = {
         'sds-visual': dict(trainable='norm-visual'), **_lambdas([1e-4, 1e-2, 1e-1])},
 }
 
-# %% ../nbs/04c_plan.ipynb #e038d8bc
+# %% ../nbs/04c_plan.ipynb #1d1a2d38
 def training_settings(training:str,     # of `MAIN` or of the scale's `VARIANTS`
                       scale:str='mini', # 'mini' or 'paper'
                      ) -> dict:         # for `make_experiment`; loss='base' is no training
@@ -63,7 +66,7 @@ def training_settings(training:str,     # of `MAIN` or of the scale's `VARIANTS`
         raise ValueError(f'training={training!r} is not in the plan of scale {scale!r}: choose one of {", ".join(known)}')
     return known[training]
 
-# %% ../nbs/04c_plan.ipynb #0ef6c1d0
+# %% ../nbs/04c_plan.ipynb #3fdb4d53
 @dataclass(frozen=True)
 class PlannedRun:
     "One student under one training with one seed."
@@ -85,7 +88,7 @@ class PlannedRun:
         if not self.trained: settings = dict(loss='clip')  # needs no teacher
         return make_experiment(**{**student_settings(self.student, self.scale), **settings, 'scale': self.scale, 'seed': self.seed, **more})
 
-# %% ../nbs/04c_plan.ipynb #4695b053
+# %% ../nbs/04c_plan.ipynb #d5b22f31
 CARRYING = ('ViT-B-32', 'ViT-B-32-sentences')  # students with several seeds: one that binds nothing, one that binds somewhat
 
 def variant_students(training:str, scale:str='mini') -> list:
@@ -108,7 +111,7 @@ def plan(scale:str='mini',    # 'mini' or 'paper'
         for student in variant_students(training, scale): add(student, training, extra_seeds)
     return out
 
-# %% ../nbs/04c_plan.ipynb #e1ccbb1c
+# %% ../nbs/04c_plan.ipynb #2539e9a5
 SUITES_OF = {
     'mini': ['mini-winoground', 'mini-winoground-large', 'mini-relation', 'mini-attribution', 'mini-order', 'mini-zeroshot-colour',
              'mini-zeroshot-shape', 'mini-zeroshot-object', 'mini-retrieval'],
@@ -127,7 +130,7 @@ TEACHER_ITEMS = {  # of the scale's own teacher; the others are measured on Wino
 }
 WINOGROUND = {'mini': ('mini-winoground-large', 'mini-winoground'), 'paper': ('winoground', 'winoground')} # for students; for teachers
 
-# %% ../nbs/04c_plan.ipynb #e4320f91
+# %% ../nbs/04c_plan.ipynb #351d2e44
 VARIED = ['ViT-B-32']  # the student that variants are compared on
 RESULTS = {  # notebook -> what it needs: students ('five', 'open' or names), trainings, teachers
     'winoground': ('five', list(MAIN), ['teacher']),
@@ -158,3 +161,21 @@ def result_needs(name:str,         # of `RESULTS`
     runs = [r.name for r in plan(scale, seeds, other_seeds, extra_seeds)
             if r.student in wanted and any(fnmatch(r.training, t) for t in trainings)]
     return runs + [f'teacher:{t}' for t in TEACHERS_OF[scale] if any(fnmatch(t, k) for k in teachers)]
+
+# %% ../nbs/04c_plan.ipynb #002ee623
+COLUMNS = {
+    'mini': {'text': ('mini-winoground-large', 'text'), 'image': ('mini-winoground-large', 'image'),
+             'group': ('mini-winoground-large', 'group'), 'relation': ('mini-relation', 'correct'),
+             'attribution': ('mini-attribution', 'correct'), 'order': ('mini-order', 'correct'), 'R@1': ('mini-retrieval', 'R@1')},
+    'paper': {'text': ('winoground', 'text'), 'image': ('winoground', 'image'), 'group': ('winoground', 'group'),
+              'relation': ('aro-relation', 'correct'), 'attribution': ('aro-attribution', 'correct'), 'order': ('coco-order', 'correct'),
+              'order, Flickr30k': ('flickr30k-order', 'correct'), 'R@1': ('coco2017-retrieval', 'R@1')},
+}
+ZEROSHOT = {s: {k.removeprefix('mini-zeroshot-'): (k, 'top1') for k in (v[5:8] if s == 'mini' else v[7:])} for s, v in SUITES_OF.items()}
+
+def named(table:pd.DataFrame, # from `report.levels` or `report.gaps`
+          columns:dict,       # name -> (suite, metric)
+         ) -> pd.Series:      # the name of each row's column
+    "Call suites and metrics what a table calls them."
+    name = {v: k for k, v in columns.items()}
+    return pd.Series([name[k] for k in zip(table.suite, table.metric)], table.index)
