@@ -7,7 +7,7 @@ __all__ = ['OPEN', 'MAIN', 'NAMES', 'VARIANTS', 'CARRYING', 'SUITES_OF', 'TEACHE
            'RESULTS', 'COLUMNS', 'ZEROSHOT', 'student_settings', 'training_settings', 'PlannedRun', 'variant_students',
            'plan', 'result_needs', 'named']
 
-# %% ../nbs/04c_plan.ipynb #043058a0
+# %% ../nbs/04c_plan.ipynb #429173bc
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,7 +15,7 @@ import pandas as pd
 from .experiment import Experiment, make_experiment
 from .student import STUDENTS
 
-# %% ../nbs/04c_plan.ipynb #4ff5c456
+# %% ../nbs/04c_plan.ipynb #62ac1cc0
 OPEN = {  # scale -> name -> settings; the five are named by their architecture
     'mini': {'ViT-B-32-sentences': dict(arch='ViT-B-32-sentences')},
     'paper': {'ViT-B-32-laion2b': dict(arch='ViT-B-32', pretrained='laion2b_s34b_b79k'),
@@ -32,7 +32,7 @@ def student_settings(student:str,      # one of the five, or of `OPEN`
         raise ValueError(f'student={student!r} is not in the plan of scale {scale!r}: choose one of {", ".join(known)}')
     return known[student]
 
-# %% ../nbs/04c_plan.ipynb #e131dbc4
+# %% ../nbs/04c_plan.ipynb #97d8799c
 MAIN = {
     'base': dict(loss='base'), 'clip': dict(loss='clip'), 'sds': dict(loss='clip+sds'),
     'placebo': dict(loss='clip+sds', control='shuffled-captions')}
@@ -56,7 +56,7 @@ VARIANTS = {
         'sds-visual': dict(trainable='norm-visual'), **_lambdas([1e-4, 1e-2, 1e-1])},
 }
 
-# %% ../nbs/04c_plan.ipynb #1d1a2d38
+# %% ../nbs/04c_plan.ipynb #c8a8f8d5
 def training_settings(training:str,     # of `MAIN` or of the scale's `VARIANTS`
                       scale:str='mini', # 'mini' or 'paper'
                      ) -> dict:         # for `make_experiment`; loss='base' is no training
@@ -66,7 +66,7 @@ def training_settings(training:str,     # of `MAIN` or of the scale's `VARIANTS`
         raise ValueError(f'training={training!r} is not in the plan of scale {scale!r}: choose one of {", ".join(known)}')
     return known[training]
 
-# %% ../nbs/04c_plan.ipynb #3fdb4d53
+# %% ../nbs/04c_plan.ipynb #2fc98c17
 @dataclass(frozen=True)
 class PlannedRun:
     "One student under one training with one seed."
@@ -88,7 +88,7 @@ class PlannedRun:
         if not self.trained: settings = dict(loss='clip')  # needs no teacher
         return make_experiment(**{**student_settings(self.student, self.scale), **settings, 'scale': self.scale, 'seed': self.seed, **more})
 
-# %% ../nbs/04c_plan.ipynb #d5b22f31
+# %% ../nbs/04c_plan.ipynb #c4ab86e5
 CARRYING = ('ViT-B-32', 'ViT-B-32-sentences')  # students with several seeds: one that binds nothing, one that binds somewhat
 
 def variant_students(training:str, scale:str='mini') -> list:
@@ -111,7 +111,7 @@ def plan(scale:str='mini',    # 'mini' or 'paper'
         for student in variant_students(training, scale): add(student, training, extra_seeds)
     return out
 
-# %% ../nbs/04c_plan.ipynb #2539e9a5
+# %% ../nbs/04c_plan.ipynb #4ce72598
 SUITES_OF = {
     'mini': ['mini-winoground', 'mini-winoground-large', 'mini-relation', 'mini-attribution', 'mini-order', 'mini-zeroshot-colour',
              'mini-zeroshot-shape', 'mini-zeroshot-object', 'mini-retrieval'],
@@ -130,14 +130,14 @@ TEACHER_ITEMS = {  # of the scale's own teacher; the others are measured on Wino
 }
 WINOGROUND = {'mini': ('mini-winoground-large', 'mini-winoground'), 'paper': ('winoground', 'winoground')} # for students; for teachers
 
-# %% ../nbs/04c_plan.ipynb #351d2e44
+# %% ../nbs/04c_plan.ipynb #a3d2bc4b
 VARIED = ['ViT-B-32']  # the student that variants are compared on
 RESULTS = {  # notebook -> what it needs: students ('five', 'open' or names), trainings, teachers
     'winoground': ('five', list(MAIN), ['teacher']),
     'table1': ('five', list(MAIN), []),
     'zeroshot': ('five', list(MAIN), []),
     'order': ('five', list(MAIN), []),
-    'placebo': ('five', list(MAIN), []),
+    'placebo': ('all', list(MAIN), []),
     'suites': ('five', list(MAIN), ['teacher']),
     'openclip': ('open', list(MAIN), []),
     'teachers': (VARIED, [*MAIN, 'sds-teacher-v', 'sds-teacher-random'], ['teacher', 'v', 'random']),
@@ -146,7 +146,7 @@ RESULTS = {  # notebook -> what it needs: students ('five', 'open' or names), tr
     'gradient': (VARIED, ['base', 'clip', 'sds', 'placebo', 'sds-gradient'], []),
     'teacher_skill': (VARIED, ['base', 'clip', 'placebo', 'sds', 'sds-teacher-*'], ['*']),
     'curves': ('five', ['clip', 'sds', 'placebo'], []),
-    'probes': (VARIED, list(MAIN), []),
+    'probes': (list(CARRYING), list(MAIN), []),
     'claims': ('all', [*MAIN, 'sds-teacher-v', 'clip-web', 'sds-web', 'sds-all'], ['teacher']),
 }
 
@@ -162,7 +162,7 @@ def result_needs(name:str,         # of `RESULTS`
             if r.student in wanted and any(fnmatch(r.training, t) for t in trainings)]
     return runs + [f'teacher:{t}' for t in TEACHERS_OF[scale] if any(fnmatch(t, k) for k in teachers)]
 
-# %% ../nbs/04c_plan.ipynb #002ee623
+# %% ../nbs/04c_plan.ipynb #81b34fe0
 COLUMNS = {
     'mini': {'text': ('mini-winoground-large', 'text'), 'image': ('mini-winoground-large', 'image'),
              'group': ('mini-winoground-large', 'group'), 'relation': ('mini-relation', 'correct'),
