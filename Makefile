@@ -27,7 +27,7 @@ unexport JUPYTER_PATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export notebooks readme pretrain bench clean
+.PHONY: help setup demo test lab export notebooks readme pretrain reproduce bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,15 @@ pretrain: $(STAMP) ## train the mini world's models again, in name order, into d
 	@set -e; for nb in $(PRETRAIN); do \
 		echo $(BIN)/papermill $$nb out/pretrain/$$(basename $$nb) -p retrain True $(ARGS); \
 		$(BIN)/papermill $$nb out/pretrain/$$(basename $$nb) -p retrain True $(ARGS); done
+
+SCALE ?= mini
+CORES ?= all
+# Snakemake starts no more jobs at a time than fit into this machine's memory.
+MEMORY = $(shell $(BIN)/python -c 'import psutil; print(psutil.virtual_memory().total // 2**20)')
+
+reproduce: $(STAMP) ## make every table, figure and claim (SEEDS=5, SCALE=paper, CORES=2; ARGS=-n shows what would run)
+	$(BIN)/snakemake --cores $(CORES) --keep-going --quiet rules reason host --resources mem_mb=$(MEMORY) $(if $(filter paper,$(SCALE)),gpu=1) \
+		--config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS) all_seeds=$(SEEDS)) $(ARGS)
 
 bench: $(STAMP) ## time the main job, and the scorers against the plain ways (ARGS="--repeat 3")
 	$(BIN)/python tools/bench.py $(ARGS)

@@ -32,6 +32,10 @@ RUNS = {r.name: r for r in plan(SCALE, SEEDS, OTHER_SEEDS, EXTRA_SEEDS)}
 PAPERMILL = f"{Path(sys.executable).parent}/papermill"
 GPU = 1 if SCALE == "paper" else 0
 
+# The kernel says at every start that its port is not encrypted; nothing to read there.
+shell.prefix("( ")
+shell.suffix(" ) 2>&1 | sed '/IPKernelApp/d; /^Input Notebook/d; /^Executing notebook/d'")
+
 modules = lambda names: [f"sdsclip_nb/{m}.py" for m in names.split()]
 TRAIN_CODE = modules("experiment mini data teacher student losses train")
 MEASURE_CODE = modules("experiment suite reader mini benchmarks compositional pairwise order zeroshot teacher student scores evaluate")

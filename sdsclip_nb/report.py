@@ -6,7 +6,7 @@
 __all__ = ['MARKERS', 'MARKS', 'SOURCE', 'RULES', 'Runs', 'levels', 'gaps', 'seconds_an_item', 'in_words', 'wide', 'point_ranges',
            'legend_below', 'difference_panels', 'begin', 'write', 'stamped', 'read', 'published', 'verdict', 'judge']
 
-# %% ../nbs/05_report.ipynb #84d77369
+# %% ../nbs/05_report.ipynb #a0340d3b
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .evaluate import KEYS, Result, compare, compare_seeds, holm, over_seeds
 from .experiment import file_hash, from_root, start_record
 
-# %% ../nbs/05_report.ipynb #0a39f2d6
+# %% ../nbs/05_report.ipynb #47e04737
 @dataclass
 class Runs:
     "The measured runs of a plan."
@@ -42,7 +42,7 @@ class Runs:
         self.read[name] = file_hash(path)
         return Result.load(path.parent)
 
-# %% ../nbs/05_report.ipynb #cf2d5b05
+# %% ../nbs/05_report.ipynb #ecd5307c
 @patch
 def names(self:Runs, student:str, training:str) -> list:
     "The runs of one student and training, by seed."
@@ -66,7 +66,7 @@ def history(self:Runs, student:str, training:str) -> pd.DataFrame: # columns of 
     return pd.concat([pd.read_csv(self.folder/'runs'/n/'history.csv').assign(seed=int(n.rsplit('seed', 1)[1]))
                       for n in self.names(student, training)])
 
-# %% ../nbs/05_report.ipynb #c804c0c2
+# %% ../nbs/05_report.ipynb #18b9e0b3
 def levels(runs:Runs,
            students:list,   # of the plan
            trainings:list,  # of the plan
@@ -92,12 +92,13 @@ def gaps(runs:Runs,
     for student in students:
         for before, after in pairs:
             a, b = runs.get(student, before), runs.get(student, after)
-            if before == 'base': a = a*len(b)  # one untouched student for all seeds
+            a = a*len(b) if before == 'base' else a  # one untouched student for all seeds
+            n = min(len(a), len(b)); a, b = a[:n], b[:n]  # the seeds that both have
             table = _gap(a, b).set_index(KEYS); table = table.loc[[k for k in keys if k in table.index]].reset_index()
-            out.append(table[[*KEYS, 'difference', 'low', 'high', 'p']].assign(student=student, before=before, after=after, seeds=len(b)))
+            out.append(table[[*KEYS, 'difference', 'low', 'high', 'p']].assign(student=student, before=before, after=after, seeds=n))
     return pd.concat(out)[['student', 'before', 'after', *KEYS, 'seeds', 'difference', 'low', 'high', 'p']].reset_index(drop=True)
 
-# %% ../nbs/05_report.ipynb #b28d107b
+# %% ../nbs/05_report.ipynb #42147099
 def _gap(a, b):
     "Over seeds where there are several, else over items; the untouched student is the same for every seed."
     if len(b) == 1: return compare(a[0], b[0])
@@ -117,7 +118,7 @@ def in_words(table:pd.DataFrame,  # from `levels` or `gaps`
     return pd.Series([f'{r.value:.3f}' + ('' if pd.isna(r.low) else f' [{r.low:.3f}, {r.high:.3f}]')
                       for r in table.itertuples()], table.index)
 
-# %% ../nbs/05_report.ipynb #3128d49b
+# %% ../nbs/05_report.ipynb #c2090a21
 def wide(table:pd.DataFrame, # from `levels` or `gaps`, with a column `column` that names what was measured
          index,              # columns that name a line
          columns,            # which of `column`, in this order
@@ -126,7 +127,7 @@ def wide(table:pd.DataFrame, # from `levels` or `gaps`, with a column `column` t
     cells = table.assign(cell=in_words(table)).pivot_table(index=index, columns='column', values='cell', aggfunc='first', sort=False)
     return cells[[c for c in columns if c in cells]].rename_axis(columns=None)
 
-# %% ../nbs/05_report.ipynb #2bf659bc
+# %% ../nbs/05_report.ipynb #057eb499
 MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X', '*')
 def point_ranges(table:pd.DataFrame, # with low, high and `value` or `difference`
                  row:str,            # column: one line of the picture each
@@ -153,7 +154,7 @@ def legend_below(fig, axes):
     found = {text: handle for ax in np.ravel(axes) for handle, text in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), loc='outside lower center', ncols=min(5, len(found)), fontsize=8, frameon=False)
 
-# %% ../nbs/05_report.ipynb #f8769f27
+# %% ../nbs/05_report.ipynb #f789cba3
 def difference_panels(changes:pd.DataFrame, # from `gaps`, with columns `column` and `pair`
                       panels:list,          # of `column`, one panel each
                       width:float=10,       # inches
@@ -167,7 +168,7 @@ def difference_panels(changes:pd.DataFrame, # from `gaps`, with columns `column`
     if row == 'student': legend_below(fig, axes)
     return fig
 
-# %% ../nbs/05_report.ipynb #52ea6e99
+# %% ../nbs/05_report.ipynb #750991fa
 def begin(name:str,        # of the result
           runs:Runs,       # what it is made from
           ):               # Record
@@ -181,6 +182,7 @@ def write(record,              # from `begin`
           fig=None,            # a matplotlib figure: NAME.png and NAME.svg
           figures='figures',   # the folder
           more:dict|None=None, # suffix -> DataFrame: NAME_SUFFIX.csv
+          also=(),             # names of further files of this result, already there
          ) -> list:            # names of the files
     "Write a result with its record."
     folder = from_root(figures); folder.mkdir(parents=True, exist_ok=True); files = [f'{record.name}.csv']
@@ -190,6 +192,7 @@ def write(record,              # from `begin`
     for suffix, t in (more or {}).items():
         files.append(f'{record.name}_{suffix}.csv'); plain(t).to_csv(folder/files[-1], index=False, float_format='%.6g')
     if fig is not None: files += stamped(fig, record.name, record.scale, folder)
+    files += also
     record.inputs = dict(sorted(runs.read.items()))
     values = json.loads(table.round(6).to_json(orient='records'))
     record.finish(files=files, table=values).save(folder/f'{record.name}.json')
@@ -204,7 +207,7 @@ def stamped(fig, name, scale, folder):
             fig.savefig(folder/f'{name}.{ending}', dpi=150, metadata=about)
     return [f'{name}.png', f'{name}.svg']
 
-# %% ../nbs/05_report.ipynb #5923cfd8
+# %% ../nbs/05_report.ipynb #194a38c9
 def read(name:str,           # of the result
          figures='figures',  # the folder
          suffix:str='',      # of NAME_SUFFIX.csv
@@ -214,7 +217,7 @@ def read(name:str,           # of the result
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing: `make reproduce` writes it')
     return pd.read_csv(path)
 
-# %% ../nbs/05_report.ipynb #5ca1b8b8
+# %% ../nbs/05_report.ipynb #f925d9de
 MARKS = {'C': 'confirmed from a public source', 'M': 'transcribed, unverified', 'D': 'derived'}
 SOURCE = 'arXiv 2307.09233'
 
@@ -227,7 +230,7 @@ def published(name:str         # of a file in data/published
     table = pd.read_csv(path)
     return table.assign(mark=table.mark.map(MARKS))
 
-# %% ../nbs/05_report.ipynb #63a11890
+# %% ../nbs/05_report.ipynb #559f2932
 RULES = {
     'gain': ('holds: every 95 % interval lies above zero and p < 0.05; does not hold: some interval lies below the margin, the '
              'smallest gain published; undecided: otherwise'),
@@ -256,7 +259,7 @@ def verdict(rule:str,             # of `RULES`
         'above': ((low > 0).all() and p < .05, (high < 0).any())}[rule]
     return 'holds' if holds else 'does not hold' if fails else 'undecided'
 
-# %% ../nbs/05_report.ipynb #85b9b78c
+# %% ../nbs/05_report.ipynb #ad78317e
 def judge(claims:pd.DataFrame, # claim, published, mark, rule, margin: from `published('claims')`
           found:dict,          # claim -> differences from `gaps` (those the claim is about), or an empty table
          ) -> pd.DataFrame:    # a row a claim
