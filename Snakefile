@@ -33,7 +33,7 @@ PAPERMILL = f"{Path(sys.executable).parent}/papermill"
 GPU = 1 if SCALE == "paper" else 0
 
 # The kernel says at every start that its port is not encrypted; nothing to read there.
-shell.prefix("( ")
+shell.prefix("set -euo pipefail; ( ")
 shell.suffix(" ) 2>&1 | sed '/IPKernelApp/d; /^Input Notebook/d; /^Executing notebook/d'")
 
 modules = lambda names: [f"sdsclip_nb/{m}.py" for m in names.split()]

@@ -282,6 +282,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                    'sdsclip_nb.report.Runs.one': ('report.html#runs.one', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report._gap': ('report.html#_gap', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report._lowest': ('report.html#_lowest', 'sdsclip_nb/report.py'),
+                                   'sdsclip_nb.report._only': ('report.html#_only', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report._range': ('report.html#_range', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report._seeds': ('report.html#_seeds', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report.begin': ('report.html#begin', 'sdsclip_nb/report.py'),

@@ -6,7 +6,7 @@
 __all__ = ['MARKERS', 'MARKS', 'SOURCE', 'RULES', 'Runs', 'levels', 'gaps', 'seconds_an_item', 'in_words', 'wide', 'point_ranges',
            'legend_below', 'difference_panels', 'begin', 'write', 'stamped', 'read', 'published', 'verdict', 'judge']
 
-# %% ../nbs/05_report.ipynb #a0340d3b
+# %% ../nbs/05_report.ipynb #6f67beb2
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .evaluate import KEYS, Result, compare, compare_seeds, holm, over_seeds
 from .experiment import file_hash, from_root, start_record
 
-# %% ../nbs/05_report.ipynb #47e04737
+# %% ../nbs/05_report.ipynb #aace9529
 @dataclass
 class Runs:
     "The measured runs of a plan."
@@ -42,7 +42,7 @@ class Runs:
         self.read[name] = file_hash(path)
         return Result.load(path.parent)
 
-# %% ../nbs/05_report.ipynb #ecd5307c
+# %% ../nbs/05_report.ipynb #d0559624
 @patch
 def names(self:Runs, student:str, training:str) -> list:
     "The runs of one student and training, by seed."
@@ -66,7 +66,12 @@ def history(self:Runs, student:str, training:str) -> pd.DataFrame: # columns of 
     return pd.concat([pd.read_csv(self.folder/'runs'/n/'history.csv').assign(seed=int(n.rsplit('seed', 1)[1]))
                       for n in self.names(student, training)])
 
-# %% ../nbs/05_report.ipynb #18b9e0b3
+# %% ../nbs/05_report.ipynb #8750e129
+def _only(results, keys):
+    "The suites that are asked for: intervals of the others would take a second each."
+    wanted = {k[0] for k in keys}
+    return [Result(r.name, {s: t for s, t in r.outcomes.items() if s in wanted}, r.meta) for r in results]
+
 def levels(runs:Runs,
            students:list,   # of the plan
            trainings:list,  # of the plan
@@ -76,7 +81,7 @@ def levels(runs:Runs,
     keys, out = [(*m, 'all') if len(m) == 2 else tuple(m) for m in metrics], []
     for student in students:
         for training in trainings:
-            results = runs.get(student, training); table = over_seeds(results).set_index(KEYS)
+            results = _only(runs.get(student, training), keys); table = over_seeds(results).set_index(KEYS)
             there = [k for k in keys if k in table.index]
             rows = table.loc[there].reset_index().assign(student=student, training=training)
             out.append(rows.assign(n=[len(results[0].outcomes[k[0]]) for k in there]))
@@ -91,14 +96,14 @@ def gaps(runs:Runs,
     keys, out = [(*m, 'all') if len(m) == 2 else tuple(m) for m in metrics], []
     for student in students:
         for before, after in pairs:
-            a, b = runs.get(student, before), runs.get(student, after)
+            a, b = (_only(runs.get(student, t), keys) for t in (before, after))
             a = a*len(b) if before == 'base' else a  # one untouched student for all seeds
             n = min(len(a), len(b)); a, b = a[:n], b[:n]  # the seeds that both have
             table = _gap(a, b).set_index(KEYS); table = table.loc[[k for k in keys if k in table.index]].reset_index()
             out.append(table[[*KEYS, 'difference', 'low', 'high', 'p']].assign(student=student, before=before, after=after, seeds=n))
     return pd.concat(out)[['student', 'before', 'after', *KEYS, 'seeds', 'difference', 'low', 'high', 'p']].reset_index(drop=True)
 
-# %% ../nbs/05_report.ipynb #42147099
+# %% ../nbs/05_report.ipynb #9406e980
 def _gap(a, b):
     "Over seeds where there are several, else over items; the untouched student is the same for every seed."
     if len(b) == 1: return compare(a[0], b[0])
@@ -118,7 +123,7 @@ def in_words(table:pd.DataFrame,  # from `levels` or `gaps`
     return pd.Series([f'{r.value:.3f}' + ('' if pd.isna(r.low) else f' [{r.low:.3f}, {r.high:.3f}]')
                       for r in table.itertuples()], table.index)
 
-# %% ../nbs/05_report.ipynb #c2090a21
+# %% ../nbs/05_report.ipynb #8f8e513e
 def wide(table:pd.DataFrame, # from `levels` or `gaps`, with a column `column` that names what was measured
          index,              # columns that name a line
          columns,            # which of `column`, in this order
@@ -127,7 +132,7 @@ def wide(table:pd.DataFrame, # from `levels` or `gaps`, with a column `column` t
     cells = table.assign(cell=in_words(table)).pivot_table(index=index, columns='column', values='cell', aggfunc='first', sort=False)
     return cells[[c for c in columns if c in cells]].rename_axis(columns=None)
 
-# %% ../nbs/05_report.ipynb #057eb499
+# %% ../nbs/05_report.ipynb #e2ba375f
 MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X', '*')
 def point_ranges(table:pd.DataFrame, # with low, high and `value` or `difference`
                  row:str,            # column: one line of the picture each
@@ -154,7 +159,7 @@ def legend_below(fig, axes):
     found = {text: handle for ax in np.ravel(axes) for handle, text in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), loc='outside lower center', ncols=min(5, len(found)), fontsize=8, frameon=False)
 
-# %% ../nbs/05_report.ipynb #f789cba3
+# %% ../nbs/05_report.ipynb #c3fa5d2b
 def difference_panels(changes:pd.DataFrame, # from `gaps`, with columns `column` and `pair`
                       panels:list,          # of `column`, one panel each
                       width:float=10,       # inches
@@ -168,7 +173,7 @@ def difference_panels(changes:pd.DataFrame, # from `gaps`, with columns `column`
     if row == 'student': legend_below(fig, axes)
     return fig
 
-# %% ../nbs/05_report.ipynb #750991fa
+# %% ../nbs/05_report.ipynb #2e567da0
 def begin(name:str,        # of the result
           runs:Runs,       # what it is made from
           ):               # Record
@@ -207,7 +212,7 @@ def stamped(fig, name, scale, folder):
             fig.savefig(folder/f'{name}.{ending}', dpi=150, metadata=about)
     return [f'{name}.png', f'{name}.svg']
 
-# %% ../nbs/05_report.ipynb #194a38c9
+# %% ../nbs/05_report.ipynb #1033570b
 def read(name:str,           # of the result
          figures='figures',  # the folder
          suffix:str='',      # of NAME_SUFFIX.csv
@@ -217,7 +222,7 @@ def read(name:str,           # of the result
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing: `make reproduce` writes it')
     return pd.read_csv(path)
 
-# %% ../nbs/05_report.ipynb #f925d9de
+# %% ../nbs/05_report.ipynb #5236c40d
 MARKS = {'C': 'confirmed from a public source', 'M': 'transcribed, unverified', 'D': 'derived'}
 SOURCE = 'arXiv 2307.09233'
 
@@ -230,7 +235,7 @@ def published(name:str         # of a file in data/published
     table = pd.read_csv(path)
     return table.assign(mark=table.mark.map(MARKS))
 
-# %% ../nbs/05_report.ipynb #559f2932
+# %% ../nbs/05_report.ipynb #f4f260fc
 RULES = {
     'gain': ('holds: every 95 % interval lies above zero and p < 0.05; does not hold: some interval lies below the margin, the '
              'smallest gain published; undecided: otherwise'),
@@ -259,7 +264,7 @@ def verdict(rule:str,             # of `RULES`
         'above': ((low > 0).all() and p < .05, (high < 0).any())}[rule]
     return 'holds' if holds else 'does not hold' if fails else 'undecided'
 
-# %% ../nbs/05_report.ipynb #ad78317e
+# %% ../nbs/05_report.ipynb #18e5251d
 def judge(claims:pd.DataFrame, # claim, published, mark, rule, margin: from `published('claims')`
           found:dict,          # claim -> differences from `gaps` (those the claim is about), or an empty table
          ) -> pd.DataFrame:    # a row a claim

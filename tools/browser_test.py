@@ -1,0 +1,206 @@
+"""Run notebooks as a reader does: in JupyterLab, in a browser, by Run > Run All Cells; and use the widgets.
+
+A JupyterLab is started on a free port of this machine, with settings of its own, and a Chromium without a window. They run copies in
+out/browser/; the notebooks in nbs/ and the user's own Jupyter settings are not touched. Pictures of what was seen go to out/browser/*.png.
+Ends with `N passed, M failed`; the exit status is 1 when any failed, 2 where something is to be installed first.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+
+try:
+    from playwright.sync_api import Error as BrowserError
+    from playwright.sync_api import Locator, Page, sync_playwright
+except ImportError:
+    sync_playwright = None
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "browser"
+NOTEBOOKS = {  # name -> what its copy's parameters cell says instead, so that it takes a minute
+    "03_train": dict(steps=20, n_items=40, out_dir="out/browser/run"),
+    "explore": dict(),
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+WIDE, HIGH = 1280, 1000  # pixels of the browser's page
+STATE = """() => {
+  const panel = window.jupyterapp?.shell.currentWidget, model = panel?.content?.model;
+  if (!model?.cells || !panel.sessionContext) return {kernel: 'none', cells: []};
+  const cells = Array.from({length: model.cells.length}, (_, i) => model.cells.get(i).toJSON());
+  return {kernel: panel.sessionContext.session?.kernel?.status ?? 'none', cells};
+}"""
+SHOW = """async i => {
+  const notebook = window.jupyterapp.shell.currentWidget.content;
+  notebook.activeCellIndex = i;
+  await notebook.scrollToItem(i, 'start');
+}"""
+
+
+class TestError(Exception):
+    """A check that failed, with the reason as its text."""
+
+
+# The server ----------------------------------------------------------------------------------------------------------
+
+def environment(folder: Path) -> dict[str, str]:
+    "This environment, with all that Jupyter and IPython read or write of the user's in `folder`"
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON")) and k != "IN_TEST"}
+    for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
+        own[f"JUPYTER_{name}"] = str(folder / name.lower())
+    for name in ("SETTINGS_DIR", "WORKSPACES_DIR"):
+        own[f"JUPYTERLAB_{name}"] = str(folder / name.lower())
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return own | {"IPYTHONDIR": str(folder / "ipython"), "PATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def quiet_settings(folder: Path) -> None:
+    "Settings of a JupyterLab that asks nobody for news"
+    path = folder / "settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
+
+
+def answers(url: str) -> bool:
+    "Does a server answer at `url`?"
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+@contextmanager
+def jupyterlab(limit: float = 120) -> Iterator[str]:
+    "A JupyterLab on the repository's root; gives its address with `{}` for what to open. Stopped at the end, kernels and all"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    token, log = secrets.token_hex(16), OUT / "jupyterlab.log"
+    options = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, allow_root=True, root_dir=ROOT)
+    command = [sys.executable, "-m", "jupyterlab", *(f"--ServerApp.{k}={v}" for k, v in options.items()),
+               f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"]
+    with tempfile.TemporaryDirectory() as tmp, open(log, "w") as file:
+        quiet_settings(Path(tmp))
+        server = subprocess.Popen(command, cwd=ROOT, env=environment(Path(tmp)), stdout=file, stderr=file)
+        try:
+            end = time.time() + limit
+            while not answers(f"http://127.0.0.1:{port}/api/status?token={token}"):
+                if server.poll() is not None or time.time() > end:
+                    raise TestError(f"JupyterLab did not start within {limit:.0f} s; its last words:\n{log.read_text()[-1500:]}")
+                time.sleep(.3)
+            yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+# A notebook in the browser -------------------------------------------------------------------------------------------
+
+def copy_of(name: str, parameters: dict) -> Path:
+    "A copy without outputs of nbs/NAME.ipynb in out/browser/, with other values in its parameters cell; relative to the root"
+    nb = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+        if "parameters" in cell.metadata.get("tags", []):
+            for key, value in parameters.items():
+                cell.source, n = re.subn(rf"^{key} *=[^#\n]*", f"{key} = {value!r} ", cell.source, flags=re.MULTILINE)
+                if n != 1:
+                    raise TestError(f"{name}.ipynb has no parameter {key}")
+    path = OUT / f"{name}.ipynb"
+    nbformat.write(nb, path)
+    return path.relative_to(ROOT)
+
+
+def title(number: int, cell: dict) -> str:
+    "A cell by its number and its first line"
+    return f"cell {number} ({''.join(cell['source']).strip().splitlines()[0][:80]})"
+
+
+class Notebook:
+    "A notebook that is open in the browser"
+
+    def __init__(self, page: Page, address: str, path: Path):
+        self.page, self.name = page, path.name
+        page.goto(address.format(path.as_posix()))
+        self.wait(lambda s: s["cells"] and s["kernel"] == "idle", 120, lambda s: f"{self.name}: its kernel is {s['kernel']} after 120 s")
+
+    def state(self) -> dict:
+        "The kernel's state, and the cells as they would be saved"
+        return self.page.evaluate(STATE)
+
+    def wait(self, done: Callable[[dict], bool], limit: float, late: Callable[[dict], str]) -> dict:
+        "Wait until `done`, and a moment later still `done`; a dead kernel or a cell's error ends it at once"
+        end, before = time.time() + limit, False
+        while True:
+            state = self.state()
+            self.check(state)
+            now = bool(done(state))
+            if now and before:
+                return state
+            if time.time() > end:
+                raise TestError(late(state))
+            before = now
+            time.sleep(.5)
+
+    def check(self, state: dict) -> None:
+        "Fail if the kernel died or a cell holds an error"
+        for number, cell in enumerate(state["cells"]):
+            for out in cell.get("outputs", []):
+                if out["output_type"] == "error":
+                    raise TestError(f"{self.name}, {title(number, cell)}: {out['ename']}: {out['evalue'][:300]}")
+        if state["kernel"] in ("dead", "restarting", "autorestarting"):
+            number, cell = next(iter(unfinished(state)), (0, state["cells"][0]))
+            raise TestError(f"{self.name}, {title(number, cell)}: the kernel is {state['kernel']}")
+
+    def menu(self, *names: str) -> None:
+        "Click through the menus"
+        for name in names:
+            self.page.get_by_role("menuitem", name=name, exact=True).click()
+
+    def run_all(self, limit: float) -> dict:
+        "Run > Run All Cells, and wait until all have run"
+        self.menu("Run", "Run All Cells")
+
+        def late(state: dict) -> str:
+            number, cell = next(iter(unfinished(state)), (len(state["cells"]) - 1, state["cells"][-1]))
+            return f"{self.name}, {title(number, cell)}: not done after {limit:.0f} s (--limit)"
+        return self.wait(lambda s: s["kernel"] == "idle" and not unfinished(s), limit, late)
+
+    def picture(self, number: int) -> str:
+        "A screenshot with cell `number` at the top"
+        self.page.evaluate(SHOW, number)
+        self.page.wait_for_timeout(1500)  # what has come into sight is drawn
+        file = OUT / f"{Path(self.name).stem}.png"
+        self.page.screenshot(path=file)
+        return file.relative_to(ROOT).as_posix()
+
+
+def unfinished(state: dict) -> list[tuple[int, dict]]:
+    "The code cells that have not run, with their numbers"
+    return [(i, c) for i, c in enumerate(state["cells"])
+            if c["cell_type"] == "code" and "".join(c["source"]).strip() and c["execution_count"] is None]
+
+
+def with_output(state: dict, *mimes: str) -> list[int]:
+    "The numbers of the cells that show one of `mimes`"
+    return [i for i, c in enumerate(state["cells"]) if any(m in out.get("data", {}) for out in c.get("outputs", []) for m in mimes)]

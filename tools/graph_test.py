@@ -1,0 +1,192 @@
+"""Test what the graph takes for stale, on a copy of this repository: two students trained for three steps, one small result.
+
+Asserted: from nothing all is made; then nothing is; prose and outputs of a notebook change nothing; its code, a setting, a weight and a
+module make stale what depends on them and nothing else; a failed branch does not stop the others and is named at the end; the same seed
+gives the same numbers. Ends with `N passed, M failed`.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = "out/reproduce/mini"
+RUN = "ViT-B-32/{}/seed0"
+RESULT = """from sdsclip_nb.plan import COLUMNS
+from sdsclip_nb.report import Runs, begin, levels, point_ranges, write
+runs = Runs(results, scale, seeds, other_seeds, extra_seeds); record = begin('gradient', runs)
+table = levels(runs, ['ViT-B-32'], ['base', 'clip', 'sds-gradient'], [COLUMNS[scale]['text']])
+write(record, runs, table, point_ranges(table, 'training', 'metric').figure, figures)"""
+
+
+class Copy:
+    "A copy of the repository with a tiny result in it, and snakemake in it"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        for name in files.decode().split("\0"):
+            if name and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        shutil.rmtree(folder / "figures", ignore_errors=True)
+        self.edit("sdsclip_nb/plan.py", lambda text: text.replace(
+            "'gradient': (VARIED, ['base', 'clip', 'sds', 'placebo', 'sds-gradient'], [])",
+            "'gradient': (VARIED, ['base', 'clip', 'sds-gradient'], [])"))
+        nb = nbformat.read(folder / "nbs/paper/gradient.ipynb", 4)
+        keep = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+        nb.cells = [nbformat.v4.new_markdown_cell("# A small result"), keep, nbformat.v4.new_code_cell(RESULT)]
+        nbformat.write(nb, folder / "nbs/paper/gradient.ipynb")
+
+    def edit(self, name: str, change: Callable[[str], str]) -> None:
+        "Rewrite a text file"
+        path = self.folder / name
+        path.write_text(change(path.read_text()))
+
+    def snakemake(self, *options: str) -> subprocess.CompletedProcess:
+        "Run the graph for the one result"
+        command = [sys.executable, "-m", "snakemake", "figures/gradient.json", "--cores", "2", *options]
+        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
+        environment.pop("IN_TEST", None)
+        return subprocess.run([*command, "--config", "steps=3", "items=24", "seeds=1"], cwd=self.folder, env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def run(self, *options: str) -> str:
+        "Run the graph; its output"
+        done = self.snakemake(*options)
+        assert done.returncode == 0, f"snakemake failed:\n{done.stdout[-3000:]}"
+        return done.stdout
+
+    def stale(self) -> set[str]:
+        "What would be made: rule, and training where it has one"
+        rules, rule = set(), None
+        for line in map(str.strip, self.run("-n").splitlines()):
+            if line.startswith(("rule ", "localrule ")):
+                rule = line.split()[1].rstrip(":")
+                rules.add(rule)
+            if line.startswith("wildcards:") and "training=" in line:  # the finer name in place of the rule's
+                rules.discard(rule)
+                rules.add(f"{rule} {line.split('training=')[1].split(',')[0]}")
+        return rules
+
+
+RESULT_ONLY = {"result"}
+VARIANT = {"fine_tune sds-gradient", "measure sds-gradient", "result"}
+
+
+def from_nothing(copy: Copy) -> None:
+    copy.run()
+    made = {p.name for p in (copy.folder / "figures").iterdir()}
+    assert made == {f"gradient.{e}" for e in ("csv", "json", "png", "svg")}, made
+    logs = sorted(p.relative_to(copy.folder / OUT / "logs").as_posix() for p in (copy.folder / OUT / "logs").rglob("*.ipynb"))
+    assert len(logs) == 6, logs  # two trained, three measured, one result
+    record = json.loads((copy.folder / "figures/gradient.json").read_text())
+    assert set(record["inputs"]) == {RUN.format(t) for t in ("base", "clip", "sds-gradient")}, record["inputs"]
+
+
+def nothing_changed(copy: Copy) -> None:
+    assert copy.stale() == set(), copy.stale()
+    os.utime(copy.folder / "sdsclip_nb/evaluate.py")  # touched, the same text
+    assert copy.stale() == set(), copy.stale()
+
+
+def prose_and_outputs(copy: Copy) -> None:
+    for name in ("nbs/paper/gradient.ipynb", "nbs/jobs/fine_tune.ipynb", "nbs/jobs/measure.ipynb"):
+        nb = nbformat.read(copy.folder / name, 4)
+        nb.cells[0].source += "\n\nMore prose."
+        next(c for c in nb.cells if c.cell_type == "code").outputs = [nbformat.v4.new_output("stream", text="new output")]
+        nbformat.write(nb, copy.folder / name)
+    assert copy.stale() == set(), copy.stale()
+
+
+def code_of_a_result(copy: Copy) -> None:
+    copy.edit("nbs/paper/gradient.ipynb", lambda text: text.replace("begin('gradient', runs)", "begin('gradient',  runs)"))
+    assert copy.stale() == RESULT_ONLY, copy.stale()
+    copy.run()
+    assert copy.stale() == set(), copy.stale()
+
+
+def a_setting(copy: Copy) -> None:
+    before = (copy.folder / "sdsclip_nb/plan.py").read_text()
+    copy.edit("sdsclip_nb/plan.py", lambda text: text.replace("weighting='one', lam=3.", "weighting='one', lam=4."))
+    assert copy.stale() == VARIANT, copy.stale()
+    (copy.folder / "sdsclip_nb/plan.py").write_text(before)
+
+
+def a_weight(copy: Copy) -> None:
+    path = copy.folder / "data/mini/teacher/unet/diffusion_pytorch_model.safetensors"
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert copy.stale() == VARIANT, copy.stale()
+    path.write_bytes(before)
+    os.utime(path, (times.st_atime, times.st_mtime))
+
+
+def a_module(copy: Copy) -> None:
+    copy.edit("sdsclip_nb/scores.py", lambda text: text + "# more\n")
+    want = {"measure clip", "measure sds-gradient", "measure_untouched base", "result"}
+    assert copy.stale() == want, copy.stale()
+    copy.edit("sdsclip_nb/scores.py", lambda text: text.removesuffix("# more\n"))
+
+
+def a_failed_branch(copy: Copy) -> None:
+    shutil.rmtree(copy.folder / OUT / "runs" / RUN.format("clip"))
+    shutil.rmtree(copy.folder / OUT / "outcomes" / RUN.format("clip"))
+    copy.edit("sdsclip_nb/plan.py", lambda text: text.replace("'sds-gradient': dict(", "'sds-gradient': dict(teacher='./nowhere', "))
+    done = copy.snakemake("--keep-going")
+    assert done.returncode != 0, "a run without a teacher did not fail"
+    _, _, end = done.stdout.partition("Not everything could be made")
+    assert f"{OUT}/logs/fine_tune/ViT-B-32-sds-gradient-seed0.ipynb" in end and "nowhere" in end, done.stdout[-3000:]
+    assert (copy.folder / OUT / "outcomes" / RUN.format("clip") / "metrics.json").is_file(), "the other branch was not finished"
+    copy.edit("sdsclip_nb/plan.py", lambda text: text.replace("teacher='./nowhere', ", ""))
+    assert copy.stale() == VARIANT, copy.stale()
+
+
+def same_seed(copy: Copy) -> None:
+    assert same_seed.before is not None
+    for name in ("history.csv",):
+        a, b = same_seed.before, pd.read_csv(copy.folder / OUT / "runs" / RUN.format("clip") / name)
+        assert a[["loss", "clip"]].equals(b[["loss", "clip"]]), "the same seed gave another training"
+    metrics = pd.read_csv(copy.folder / OUT / "outcomes" / RUN.format("clip") / "metrics.csv")
+    assert same_seed.metrics.equals(metrics), "the same seed gave other outcomes"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="work in this new folder and leave it there")
+    args = parser.parse_args()
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="graph"))
+    folder.mkdir(parents=True, exist_ok=True)
+    copy, results = Copy(folder.resolve()), []
+    steps = [from_nothing, nothing_changed, prose_and_outputs, code_of_a_result, a_setting, a_weight, a_module, a_failed_branch, same_seed]
+    for step in steps:
+        start = time.time()
+        try:
+            step(copy)
+            results.append(True)
+            print(f"ok     {step.__name__.replace('_', ' '):<20} {time.time() - start:6.1f} s", flush=True)
+        except AssertionError as error:
+            results.append(False)
+            print(f"FAILED {step.__name__.replace('_', ' '):<20} {time.time() - start:6.1f} s  {error}", flush=True)
+        if step is from_nothing:
+            if not results[-1]:
+                break
+            same_seed.before = pd.read_csv(copy.folder / OUT / "runs" / RUN.format("clip") / "history.csv")
+            same_seed.metrics = pd.read_csv(copy.folder / OUT / "outcomes" / RUN.format("clip") / "metrics.csv")
+    if not args.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
+    return int(not all(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
