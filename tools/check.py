@@ -213,7 +213,7 @@ def check_parameters() -> str:
         for path in notebooks():
             cells = json.loads((copy / path).read_text(encoding="utf-8"))["cells"]
             tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-            wanted = path == main_job or path.parts[1] in ("pretrain", "paper")
+            wanted = path == main_job or path.parts[1] in ("jobs", "pretrain", "paper")
             if len(tagged) > 1 or (wanted and not tagged):
                 problems.append(f"{path} has {len(tagged)} cells tagged `parameters`; {'1 is' if wanted else '0 or 1 are'} needed")
             elif tagged:
@@ -328,6 +328,30 @@ def check_commands() -> str:
         return f"{len(refused)} refusals, and a run of 8 steps on real COCO files"
 
 
+def check_records() -> str:
+    "every file in figures/ stands in the record of a result"
+    files = sorted(p.relative_to(ROOT) for p in (ROOT / "figures").rglob("*") if p.is_file() and not p.name.startswith("."))
+    named, problems = set(), []
+    for path in (p for p in files if p.suffix == ".json"):
+        record = json.loads((ROOT / path).read_text())
+        lacking = [k for k in ("name", "scale", "parameters", "inputs", "made_by", "seconds", "values") if k not in record]
+        problems += [f"{path} lacks {', '.join(lacking)}"] if lacking else []
+        made = (record.get("values") or {}).get("files", [f"{path.stem}.{e}" for e in ("csv", "png", "svg", "md")])
+        named |= {path, *(path.parent / f for f in made)}
+        problems += [f"{path.parent / f} is in {path}, but not there" for f in made if "files" in (record["values"] or {})
+                     and not (ROOT / path.parent / f).is_file()]
+    problems += [f"{f} is in no record beside it" for f in files if f not in named]
+    fail_if(problems, "run `make reproduce`, or remove what nothing makes any more")
+    return f"{len(files)} files, {sum(p.suffix == '.json' for p in files)} records"
+
+
+def check_graph() -> str:
+    "what the Snakefile takes for stale"
+    done = run(sys.executable, ROOT / "tools" / "graph_test.py")
+    out = expect(done, "the graph makes too much or too little anew:").splitlines()
+    return f"{out[-1].split(',')[0]}: {', '.join(line[7:28].strip() for line in out[:-1])}"
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -336,7 +360,9 @@ CHECKS: dict[str, Callable[[], str]] = {
     "lint": check_lint,
     "sizes": check_sizes,
     "pins": check_pins,
+    "records": check_records,
     "commands": check_commands,
+    "graph": check_graph,
 }
 
 

@@ -66,6 +66,12 @@ class Copy:
         assert done.returncode == 0, f"snakemake failed:\n{done.stdout[-3000:]}"
         return done.stdout
 
+    def trained(self, training: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        "The losses of a run, and its metrics"
+        name = RUN.format(training)
+        runs, outcomes = (self.folder / OUT / kind / name for kind in ("runs", "outcomes"))
+        return pd.read_csv(runs / "history.csv"), pd.read_csv(outcomes / "metrics.csv")
+
     def stale(self) -> set[str]:
         "What would be made: rule, and training where it has one"
         rules, rule = set(), None
@@ -152,12 +158,11 @@ def a_failed_branch(copy: Copy) -> None:
 
 
 def same_seed(copy: Copy) -> None:
-    assert same_seed.before is not None
-    for name in ("history.csv",):
-        a, b = same_seed.before, pd.read_csv(copy.folder / OUT / "runs" / RUN.format("clip") / name)
-        assert a[["loss", "clip"]].equals(b[["loss", "clip"]]), "the same seed gave another training"
-    metrics = pd.read_csv(copy.folder / OUT / "outcomes" / RUN.format("clip") / "metrics.csv")
-    assert same_seed.metrics.equals(metrics), "the same seed gave other outcomes"
+    "What `a_failed_branch` trained anew is what `from_nothing` had trained"
+    history, metrics = copy.first
+    again, outcomes = copy.trained("clip")
+    assert history[["loss", "clip"]].equals(again[["loss", "clip"]]), "the same seed gave another training"
+    assert metrics.equals(outcomes), "the same seed gave other outcomes"
 
 
 def main() -> int:
@@ -180,8 +185,7 @@ def main() -> int:
         if step is from_nothing:
             if not results[-1]:
                 break
-            same_seed.before = pd.read_csv(copy.folder / OUT / "runs" / RUN.format("clip") / "history.csv")
-            same_seed.metrics = pd.read_csv(copy.folder / OUT / "outcomes" / RUN.format("clip") / "metrics.csv")
+            copy.first = copy.trained("clip")
     if not args.keep:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
