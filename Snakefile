@@ -239,7 +239,7 @@ def failed_notebooks():
             continue
         errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
         if errors:
-            yield path, f"{errors[-1]['ename']}: {errors[-1]['evalue'].splitlines()[0] if errors[-1]['evalue'] else ''}"
+            yield path, f"{errors[-1]['ename']}: {' '.join(errors[-1]['evalue'].split())}"
 
 
 onerror:

@@ -4,8 +4,9 @@ A JupyterLab is started on a free port of this machine, with settings of its own
 out/browser/; the notebooks in nbs/ and the user's own Jupyter settings are not touched. Pictures of what was seen go to out/browser/*.png.
 Ends with `N passed, M failed`; the exit status is 1 when any failed, 2 where something is to be installed first.
 """
+from __future__ import annotations  # where playwright is missing, its names stand in type hints only
+
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import nbformat
 
 try:
     from playwright.sync_api import Error as BrowserError
-    from playwright.sync_api import Locator, Page, sync_playwright
+    from playwright.sync_api import Locator, Page, expect, sync_playwright
 except ImportError:
     sync_playwright = None
 
@@ -39,12 +40,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 WIDE, HIGH = 1280, 1000  # pixels of the browser's page
+WIDGET = "application/vnd.jupyter.widget-view+json"
 STATE = """() => {
   const panel = window.jupyterapp?.shell.currentWidget, model = panel?.content?.model;
   if (!model?.cells || !panel.sessionContext) return {kernel: 'none', cells: []};
   const cells = Array.from({length: model.cells.length}, (_, i) => model.cells.get(i).toJSON());
   return {kernel: panel.sessionContext.session?.kernel?.status ?? 'none', cells};
 }"""
+SEEN = "e => e.innerText + [...e.querySelectorAll('img')].map(image => image.src)"  # the text and the pictures of an element
 SHOW = """async i => {
   const notebook = window.jupyterapp.shell.currentWidget.content;
   notebook.activeCellIndex = i;
@@ -186,11 +189,15 @@ class Notebook:
             return f"{self.name}, {title(number, cell)}: not done after {limit:.0f} s (--limit)"
         return self.wait(lambda s: s["kernel"] == "idle" and not unfinished(s), limit, late)
 
-    def picture(self, number: int) -> str:
-        "A screenshot with cell `number` at the top"
+    def show(self, number: int) -> None:
+        "Scroll to cell `number`"
         self.page.evaluate(SHOW, number)
         self.page.wait_for_timeout(1500)  # what has come into sight is drawn
-        file = OUT / f"{Path(self.name).stem}.png"
+
+    def picture(self, number: int, suffix: str = "") -> str:
+        "A screenshot with cell `number` at the top"
+        self.show(number)
+        file = OUT / f"{Path(self.name).stem}{suffix}.png"
         self.page.screenshot(path=file)
         return file.relative_to(ROOT).as_posix()
 
@@ -201,6 +208,144 @@ def unfinished(state: dict) -> list[tuple[int, dict]]:
             if c["cell_type"] == "code" and "".join(c["source"]).strip() and c["execution_count"] is None]
 
 
-def with_output(state: dict, *mimes: str) -> list[int]:
-    "The numbers of the cells that show one of `mimes`"
-    return [i for i, c in enumerate(state["cells"]) if any(m in out.get("data", {}) for out in c.get("outputs", []) for m in mimes)]
+def with_output(state: dict, mime: str) -> list[int]:
+    "The numbers of the cells that show a `mime`"
+    return [i for i, c in enumerate(state["cells"]) if any(mime in out.get("data", {}) for out in c.get("outputs", []))]
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+def run_notebook(page: Page, address: str, name: str, limit: float) -> tuple[Notebook, str]:
+    "Open a copy, run all cells, take a picture of the last one drawn; what came out in a few words"
+    notebook = Notebook(page, address, copy_of(name, NOTEBOOKS[name]))
+    state = notebook.run_all(limit)
+    cells, drawn = sum(c["cell_type"] == "code" for c in state["cells"]), with_output(state, "image/png")
+    if not drawn:
+        raise TestError(f"{notebook.name}: no cell shows a picture")
+    return notebook, f"{cells} code cells, {len(drawn)} with a picture: {notebook.picture(drawn[-1])}"
+
+
+def widgets_of(notebook: Notebook) -> Locator:
+    "The output that holds the widgets, in sight and drawn"
+    cells = with_output(notebook.state(), WIDGET)
+    if not cells:
+        raise TestError(f"{notebook.name}: no cell shows a widget")
+    notebook.show(cells[-1])
+    area = notebook.page.locator(".jp-Cell-outputArea").filter(has=notebook.page.locator(".widget-dropdown")).last
+    expect(area.locator(".widget-text input").last).to_be_visible(timeout=30_000)
+    return area
+
+
+def changed(notebook: Notebook, area: Locator, before: str, what: str, limit: float) -> str:
+    "Wait until the widgets' output is another than `before`, and still the same a second later"
+    end, last = time.time() + limit, before
+    while True:
+        now = area.evaluate(SEEN)
+        if now == last != before:
+            notebook.check(notebook.state())
+            return now
+        if time.time() > end:
+            raise TestError(f"{notebook.name}: {what}, and the output did not change within {limit:.0f} s")
+        last = now
+        notebook.page.wait_for_timeout(1000)
+
+
+def choose_another(notebook: Notebook, limit: float) -> str:
+    "Choose another value in the first drop-down: text and picture of the answer change"
+    area = widgets_of(notebook)
+    before, select = area.evaluate(SEEN), area.locator(".widget-dropdown select").first
+    old, values = select.input_value(), select.locator("option").all_inner_texts()
+    new = next(v for v in reversed(values) if v != old)
+    select.select_option(new)
+    changed(notebook, area, before, f"{new!r} was chosen instead of {old!r}", limit)
+    file = notebook.picture(with_output(notebook.state(), WIDGET)[-1], "-widgets")
+    return f"{old} -> {new}: {file}"
+
+
+def empty_caption(notebook: Notebook, limit: float) -> str:
+    "Make the last text empty: an answer in words, no traceback; and put it back"
+    area = widgets_of(notebook)
+    before, text = area.evaluate(SEEN), area.locator(".widget-text input").last
+    old = text.input_value()
+    text.fill("")
+    text.press("Enter")
+    now = changed(notebook, area, before, "the last text was emptied", limit)
+    words = next((line for line in now.splitlines() if "empty" in line), None)
+    if words is None or "Traceback" in now:
+        raise TestError(f"{notebook.name}: the answer to an empty text does not say that it is empty: {now[-300:]!r}")
+    text.fill(old)
+    text.press("Enter")
+    changed(notebook, area, now, "the last text was filled again", limit)
+    return words.split(",http")[0].split("blob:")[0]
+
+
+class Report:
+    "Counts checks and prints a line for each"
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def __call__(self, name: str, work: Callable, *args):
+        "What `work(*args)` returns, or None if it failed; its last or only value is what to print"
+        start = time.time()
+        try:
+            result = work(*args)
+        except (TestError, BrowserError) as error:
+            self.failed += 1
+            print(f"FAILED {name}: {error}", flush=True)
+            return None
+        self.passed += 1
+        said = result[-1] if isinstance(result, tuple) else result
+        print(f"ok     {name} ({time.time() - start:.0f} s): {said}", flush=True)
+        return result
+
+
+def test(page: Page, address: str, names: list[str], limit: float, report: Report) -> None:
+    "All checks of the notebooks called `names`"
+    for name in names:
+        done = report(f"{name}: Run All Cells", run_notebook, page, address, name, limit)
+        if name != "explore":
+            continue
+        for what, work in (("another value chosen", choose_another), ("an empty caption", empty_caption)):
+            if done is None:
+                report.failed += 1
+                print(f"FAILED {name}: {what}: the notebook did not run", flush=True)
+            else:
+                report(f"{name}: {what}", work, done[0], min(limit, 120))
+
+
+def lacking(browser: str | None) -> list[str]:
+    "What is to be installed first"
+    packages = [] if sync_playwright else ["the Python package playwright is not in this environment (make setup)"]
+    programs = [] if browser else ["no Chromium is in PATH (Debian: apt-get install chromium), or name one: --browser /path/to/chrome"]
+    return packages + programs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=NOTEBOOKS, help="this notebook alone")
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="for all cells of a notebook (default: %(default)s)")
+    parser.add_argument("--browser", default=next(filter(None, map(shutil.which, BROWSERS)), None), metavar="PROGRAM",
+                        help=f"a Chromium or Chrome (default: the first of {', '.join(BROWSERS)} in PATH)")
+    args = parser.parse_args()
+    browser = args.browser and shutil.which(args.browser)
+    if problems := lacking(browser):
+        print("; ".join(problems), file=sys.stderr)
+        return 2
+    OUT.mkdir(parents=True, exist_ok=True)
+    report = Report()
+    try:
+        with jupyterlab() as address, sync_playwright() as playwright:
+            chromium = playwright.chromium.launch(executable_path=browser, args=FLAGS)
+            page = chromium.new_page(viewport=dict(width=WIDE, height=HIGH))
+            test(page, address, [args.only] if args.only else list(NOTEBOOKS), args.limit, report)
+            chromium.close()
+    except (TestError, BrowserError) as error:  # of the server or of the browser, not of a check
+        report.failed += 1
+        print(f"FAILED to start: {error}", flush=True)
+    print(f"{report.passed} passed, {report.failed} failed")
+    return int(report.failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
