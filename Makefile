@@ -27,10 +27,10 @@ unexport JUPYTER_PATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export notebooks readme pretrain reproduce bench clean
+.PHONY: help setup demo test test-browser lab export notebooks readme pretrain reproduce bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## make .venv with the locked versions (once; about 3 minutes and 6 GB)
 
@@ -57,6 +57,9 @@ demo: $(STAMP) ## run the main job: fine-tune a small CLIP with a diffusion teac
 
 test: $(STAMP) ## run every check; ends with "N passed, M failed" (ARGS="--only lint")
 	@$(BIN)/python tools/check.py $(ARGS)
+
+test-browser: $(STAMP) ## run 03_train and explore in JupyterLab in a browser (needs Chromium: apt install chromium)
+	$(BIN)/python tools/browser_test.py $(ARGS)
 
 lab: $(STAMP) ## open JupyterLab on the notebooks (NB=nbs/03_train.ipynb opens that one)
 	$(BIN)/jupyter lab $(if $(filter command line environment,$(origin NB)),$(NB),nbs/index.ipynb) $(ARGS)
