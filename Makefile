@@ -87,7 +87,7 @@ CORES ?= all
 MEMORY = $(shell $(BIN)/python -c 'import psutil; print(psutil.virtual_memory().total // 2**20)')
 
 reproduce: $(STAMP) ## make every table, figure and claim (SEEDS=5, SCALE=paper, CORES=2; ARGS=-n shows what would run)
-	$(BIN)/snakemake --cores $(CORES) --keep-going --quiet rules reason host --resources mem_mb=$(MEMORY) $(if $(filter paper,$(SCALE)),gpu=1) \
+	$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet rules reason host --resources mem_mb=$(MEMORY) $(if $(filter paper,$(SCALE)),gpu=1) \
 		--config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS) all_seeds=$(SEEDS)) $(ARGS)
 
 bench: $(STAMP) ## time the main job, and the scorers against the plain ways (ARGS="--repeat 3")
