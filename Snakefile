@@ -20,7 +20,7 @@ from sdsclip_nb.plan import RESULTS, TEACHERS_OF, plan, result_needs
 SCALE = config.get("scale", "mini")  # mini or paper
 SEEDS = int(config.get("seeds", 3))  # of ViT-B-32 and, at mini scale, ViT-B-32-sentences
 OTHER_SEEDS = int(config.get("other_seeds", config.get("all_seeds", 1)))  # of the other students
-EXTRA_SEEDS = int(config.get("extra_seeds", config.get("all_seeds", 1)))  # of the variants of ViT-B-32
+EXTRA_SEEDS = int(config.get("extra_seeds", config.get("all_seeds", 1)))  # of the variants: what changes one thing of the method
 STEPS = config.get("steps")  # optimizer steps; none: the scale's own
 ITEMS = config.get("items")  # of each suite, to try the graph out; none: all
 if SCALE not in SCALES:
