@@ -296,6 +296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                    'sdsclip_nb.report.published': ('report.html#published', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report.read': ('report.html#read', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report.seconds_an_item': ('report.html#seconds_an_item', 'sdsclip_nb/report.py'),
+                                   'sdsclip_nb.report.squeeze': ('report.html#squeeze', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report.stamped': ('report.html#stamped', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report.verdict': ('report.html#verdict', 'sdsclip_nb/report.py'),
                                    'sdsclip_nb.report.wide': ('report.html#wide', 'sdsclip_nb/report.py'),

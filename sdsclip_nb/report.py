@@ -137,8 +137,8 @@ def wide(table:pd.DataFrame, # from `levels` or `gaps`, with a column `column` t
 def squeeze(axis, # of matplotlib axes: ax.xaxis or ax.yaxis
            ):
     "Points on an axis that is linear within 3 of zero and logarithmic beyond."
-    getattr(axis.axes, f'set_{axis.axis_name}scale')('symlog', linthresh=3)
     from matplotlib.ticker import FormatStrFormatter, NullLocator
+    getattr(axis.axes, f'set_{axis.axis_name}scale')('symlog', linthresh=3)
     axis.set_ticks([s*k for k in (3, 10, 30, 100) for s in (-1, 1)] + [0]); axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FormatStrFormatter('%g'))
 
