@@ -20,11 +20,12 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = "out/reproduce/mini"
-RUN = "ViT-B-32/{}/seed0"
+STUDENT = "ViT-B-32-sentences"  # the one that variants run on
+RUN = f"{STUDENT}/{{}}/seed0"
 RESULT = """from sdsclip_nb.plan import COLUMNS
 from sdsclip_nb.report import Runs, begin, levels, point_ranges, write
 runs = Runs(results, scale, seeds, other_seeds, extra_seeds); record = begin('gradient', runs)
-table = levels(runs, ['ViT-B-32'], ['base', 'clip', 'sds-gradient'], [COLUMNS[scale]['text']])
+table = levels(runs, ['ViT-B-32-sentences'], ['base', 'clip', 'sds-gradient'], [COLUMNS[scale]['text']])
 write(record, runs, table, point_ranges(table, 'training', 'metric').figure, figures)"""
 
 
@@ -48,9 +49,12 @@ class Copy:
         nbformat.write(nb, folder / "nbs/paper/gradient.ipynb")
 
     def edit(self, name: str, change: Callable[[str], str]) -> None:
-        "Rewrite a text file"
+        "Rewrite a text file; a change that changes nothing is an error"
         path = self.folder / name
-        path.write_text(change(path.read_text()))
+        before = path.read_text()
+        after = change(before)
+        assert after != before, f"{name} does not hold what the test wants to change in it"
+        path.write_text(after)
 
     def snakemake(self, *options: str) -> subprocess.CompletedProcess:
         "Run the graph for the one result"
@@ -151,7 +155,7 @@ def a_failed_branch(copy: Copy) -> None:
     done = copy.snakemake("--keep-going")
     assert done.returncode != 0, "a run without a teacher did not fail"
     _, _, end = done.stdout.partition("Not everything could be made")
-    assert f"{OUT}/logs/fine_tune/ViT-B-32-sds-gradient-seed0.ipynb" in end and "nowhere" in end, done.stdout[-3000:]
+    assert f"{OUT}/logs/fine_tune/{STUDENT}-sds-gradient-seed0.ipynb" in end and "nowhere" in end, done.stdout[-3000:]
     assert (copy.folder / OUT / "outcomes" / RUN.format("clip") / "metrics.json").is_file(), "the other branch was not finished"
     copy.edit("sdsclip_nb/plan.py", lambda text: text.replace("teacher='./nowhere', ", ""))
     assert copy.stale() == VARIANT, copy.stale()
