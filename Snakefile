@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 from sdsclip_nb.experiment import SCALES, TEACHERS
-from sdsclip_nb.plan import RESULTS, TEACHERS_OF, plan, result_needs
+from sdsclip_nb.plan import RESULTS, SUITES_OF, TEACHER_ITEMS, TEACHERS_OF, plan, result_needs
 
 SCALE = config.get("scale", "mini")  # mini or paper
-SEEDS = int(config.get("seeds", 3))  # of ViT-B-32 and, at mini scale, ViT-B-32-sentences
+SEEDS = int(config.get("seeds", 3))  # of ViT-B-32
 OTHER_SEEDS = int(config.get("other_seeds", config.get("all_seeds", 1)))  # of the other students
 EXTRA_SEEDS = int(config.get("extra_seeds", config.get("all_seeds", 1)))  # of the variants: what changes one thing of the method
 STEPS = config.get("steps")  # optimizer steps; none: the scale's own
@@ -135,6 +135,7 @@ rule measure:
         notebook=f"{OUT}/logs/measure/{{student}}-{{training}}-seed{{seed}}.ipynb",
     params:
         source=source("nbs/jobs/measure.ipynb"),
+        suites=SUITES_OF[SCALE],
         n=ITEMS,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
@@ -156,6 +157,7 @@ use rule measure as measure_untouched with:
         f"{OUT}/outcomes/{{student}}/{{training,base}}/seed{{seed}}/metrics.json",
     params:
         source=source("nbs/jobs/measure.ipynb"),
+        suites=SUITES_OF[SCALE],
         n=ITEMS,
         folder=None,
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
@@ -175,8 +177,10 @@ rule measure_teacher:
     params:
         source=source("nbs/jobs/measure.ipynb"),
         n=ITEMS,
+        suites=TEACHER_ITEMS[SCALE],
         to=f"{OUT}/outcomes/teacher:{{teacher}}",
     threads: 1
+    priority: 1  # the longest steps: begun last, one of them would keep the other cores waiting
     resources:
         gpu=GPU,
         runtime=600 if GPU else 60,
