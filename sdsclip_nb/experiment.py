@@ -250,12 +250,13 @@ def versions() -> dict:
     return out
 
 def commit() -> dict:
-    "The repository's commit, and whether tracked files differ from it."
+    "The repository's commit, and whether tracked files differ from it; those in figures/ are results and do not count."
     def git(*args): return subprocess.run(['git', *args], cwd=repo_root(), capture_output=True, text=True, timeout=10)
     try: head = git('rev-parse', 'HEAD')
     except (OSError, subprocess.TimeoutExpired): return dict(commit=None, dirty=None)
     if head.returncode: return dict(commit=None, dirty=None)
-    return dict(commit=head.stdout.strip(), dirty=bool(git('status', '--porcelain', '--untracked-files=no').stdout.strip()))
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.', ':(exclude)figures').stdout
+    return dict(commit=head.stdout.strip(), dirty=bool(changed.strip()))
 
 def file_hash(path) -> str:
     "SHA-256 of a file, or of a folder's files by name and content."

@@ -201,7 +201,7 @@ class ClipScorer:
     "Cosine of CLIP's features of picture and caption."
     def __init__(self,
                  student,             # a `Student`
-                 batch_size:int=256,  # pictures or captions at a time
+                 batch_size:int=128,  # pictures or captions at a time
                  store='auto',        # features on disk: 'auto' (of pictures that lie on disk), None (never), or a path (always, there)
                  autocast:str|None=None, # 'bf16' or 'fp16' where it does not change the outcome
                  workers:int=4,       # threads that open pictures
