@@ -207,7 +207,7 @@ rule result:
         source=lambda w: source(f"nbs/paper/{w.name}.ipynb"),
     threads: 1
     resources:
-        gpu=0,
+        gpu=lambda w: GPU if w.name == "probes" else 0,  # the one that runs students itself
         runtime=30,
         mem_mb=4000,
     shell:

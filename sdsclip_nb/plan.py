@@ -91,12 +91,12 @@ class PlannedRun:
 # %% ../nbs/04c_plan.ipynb #bcc0e64a
 VARIED = {'mini': 'ViT-B-32-sentences', 'paper': 'ViT-B-32'}  # the student that variants run on
 WIDE = ('sds-teacher-v', 'sds-teacher-random', 'clip-web', 'sds-web')  # and these on more than that one
-CARRYING = ('ViT-B-32', 'ViT-B-32-sentences')  # the comparison at mini scale: one that binds nothing, one that binds somewhat
+CARRYING = {'mini': ('ViT-B-32', 'ViT-B-32-sentences'), 'paper': ('ViT-B-32', 'ViT-B-32-laion2b')}  # mini: binds nothing, somewhat
 
 def variant_students(training:str, scale:str='mini') -> list:
     "Which students a variant is run on."
     if training not in WIDE: return [VARIED[scale]]
-    return list(CARRYING) if scale == 'mini' else list(STUDENTS)
+    return list(CARRYING[scale]) if scale == 'mini' else list(STUDENTS)
 
 def plan(scale:str='mini',    # 'mini' or 'paper'
          seeds:int=3,         # of ViT-B-32
@@ -133,7 +133,7 @@ TEACHER_ITEMS = {  # of the scale's own teacher; the others are measured on Wino
 WINOGROUND = {'mini': ('mini-winoground-large', 'mini-winoground'), 'paper': ('winoground', 'winoground')} # for students; for teachers
 
 # %% ../nbs/04c_plan.ipynb #d31833ee
-RESULTS = {  # notebook -> what it needs: students (a name below, or a list), trainings, teachers
+RESULTS = {  # notebook -> what it needs: students (a name below), trainings, teachers
     'winoground': ('five', list(MAIN), ['teacher']),
     'table1': ('five', list(MAIN), []),
     'zeroshot': ('five', list(MAIN), []),
@@ -147,7 +147,7 @@ RESULTS = {  # notebook -> what it needs: students (a name below, or a list), tr
     'gradient': ('varied', ['base', 'clip', 'sds', 'placebo', 'sds-gradient'], []),
     'teacher_skill': ('varied', ['base', 'clip', 'placebo', 'sds', 'sds-teacher-*'], ['*']),
     'curves': ('five', ['clip', 'sds', 'placebo'], []),
-    'probes': (list(CARRYING), list(MAIN), []),
+    'probes': ('carrying', list(MAIN), []),
     'claims': ('all', [*MAIN, 'sds-teacher-v', 'clip-web', 'sds-web', 'sds-all'], ['teacher']),
 }
 
@@ -158,10 +158,9 @@ def result_needs(name:str,         # of `RESULTS`
     from fnmatch import fnmatch
     students, trainings, teachers = RESULTS[name]
     named = dict(five=[*STUDENTS], open=['ViT-B-32', *OPEN[scale]], all=[*STUDENTS, *OPEN[scale]], varied=[VARIED[scale]],
-                 wide=variant_students(WIDE[0], scale))
-    wanted = students if isinstance(students, list) else named[students]
+                 wide=variant_students(WIDE[0], scale), carrying=list(CARRYING[scale]))
     runs = [r.name for r in plan(scale, seeds, other_seeds, extra_seeds)
-            if r.student in wanted and any(fnmatch(r.training, t) for t in trainings)]
+            if r.student in named[students] and any(fnmatch(r.training, t) for t in trainings)]
     return runs + [f'teacher:{t}' for t in TEACHERS_OF[scale] if any(fnmatch(t, k) for k in teachers)]
 
 # %% ../nbs/04c_plan.ipynb #cf9555ff

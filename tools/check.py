@@ -352,6 +352,12 @@ def check_graph() -> str:
     return f"{out[-1].split(',')[0]}: {', '.join(line[7:28].strip() for line in out[:-1])}"
 
 
+def check_paper_scale() -> str:
+    "every result can be made at paper scale, from made-up outcomes"
+    done = run(sys.executable, ROOT / "tools" / "paper_scale_test.py")
+    return expect(done, "results that cannot be made at paper scale:").splitlines()[-1].split(",")[0]
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -363,6 +369,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "records": check_records,
     "commands": check_commands,
     "graph": check_graph,
+    "paper_scale": check_paper_scale,
 }
 
 

@@ -1,0 +1,108 @@
+"""Make every result at paper scale from made-up outcomes, by the graph itself: no GPU, weights or benchmark is needed.
+
+The numbers mean nothing. What is tested: that the graph and every page can be made at that scale from the suites, students and teachers
+it names, that each writes table, picture and record with the scale in it, and that all claims get a verdict by the rules.
+The one result left out is `probes`, which runs the students themselves. Ends with `N passed, M failed`.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sdsclip_nb.compositional import MIN_PAIR
+from sdsclip_nb.evaluate import Result
+from sdsclip_nb.plan import RESULTS, SUITES_OF, TEACHERS_OF, plan
+from sdsclip_nb.suite import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+ITEMS = 24
+LEFT_OUT = ("probes",)
+KIND = {"winoground": "winoground", "coco2017-retrieval": "retrieval", "aro-relation": "choice", "aro-attribution": "choice",
+        "sugarcrepe": "choice", "coco-order": "order", "flickr30k-order": "order"}  # the others are zero-shot sets
+TAGS = {"winoground": ["Object|1 main pred", "Relation|1 main pred", "Both|2 main preds"]}
+MACROS = {"aro-relation": ["macro", "macro without symmetric"], "aro-attribution": [f"macro (pairs of {MIN_PAIR} or more)"]}
+
+
+def made_up(suite: str, level: float, rng: np.random.Generator) -> pd.DataFrame:
+    "Outcomes of a suite, right with probability `level`"
+    number = np.arange(ITEMS)
+    tags = np.resize(TAGS.get(suite, [""]), ITEMS)
+    classes = {f"macro:{m}": np.where(number % 3, "a", "b") for m in MACROS.get(suite, [])}
+    about = {"item": number, "cluster": number // 2, "tag": tags, **classes}
+    metrics = METRICS[KIND.get(suite, "zeroshot")]
+    return pd.DataFrame({**about, **{m: rng.random(ITEMS) < level for m in metrics}})
+
+
+def write_outcomes(folder: Path) -> None:
+    "Outcomes of every run and teacher of the plan, and the losses of every training"
+    rng, suites = np.random.default_rng(0), SUITES_OF["paper"]
+    details = {s: {"seconds": 1.0} for s in suites}
+    for run in plan("paper", 1, 1, 1):
+        level = .6 if run.training.startswith("sds") else .4
+        meta = {"seed": run.seed, "details": details}
+        Result(run.name, {s: made_up(s, level, rng) for s in suites}, meta).save(folder / "outcomes" / run.name)
+        if run.trained:
+            losses = pd.DataFrame({"step": np.arange(1, 41), "clip": 1.0, "sds": 1.0})
+            (folder / "runs" / run.name).mkdir(parents=True)
+            losses.to_csv(folder / "runs" / run.name / "history.csv", index=False)
+    for teacher in TEACHERS_OF["paper"]:
+        tables = {s: made_up(s, .9, rng).assign(evaluations=100) for s in ("winoground", "aro-relation", "aro-attribution")}
+        Result(teacher, tables, {"details": details}).save(folder / "outcomes" / f"teacher:{teacher}")
+
+
+def check(name: str, figures: Path) -> str:
+    "What is wrong with a result; '' for nothing"
+    path = figures / f"{name}.json"
+    if not path.is_file():
+        return "was not made"
+    record = json.loads(path.read_text())
+    lacking = [f for f in record["values"].get("files", [f"{name}.md"]) if not (figures / f).is_file()]
+    if lacking or record["scale"] != "paper":
+        return f"scale {record['scale']}, without {lacking}"
+    if name == "claims":
+        words = {c["verdict"] for c in record["values"]["claims"]}
+        return "" if words <= {"holds", "does not hold", "undecided"} else f"verdicts {words}"
+    return "" if f"{name}.svg" in record["values"]["files"] else "has no picture"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="work in this new folder and leave it there")
+    args = parser.parse_args()
+    folder = (args.keep or Path(tempfile.mkdtemp(prefix="paper-scale"))).resolve()
+    start = time.time()
+    write_outcomes(folder / "out")
+    # In a folder of its own, so that it holds no lock of this repository's graph; the notebooks resolve paths from the root.
+    names = [name for name in RESULTS if name not in LEFT_OUT]
+    targets = [f"{folder / 'figures' / name}.json" for name in names]
+    command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", ROOT / "Snakefile", "--directory", folder / "work",
+               "--cores", "2", "--keep-going", "--allowed-rules", "result", "claims", "--config", "scale=paper", "seeds=1",
+               f"out={folder / 'out'}", f"figures={folder / 'figures'}"]
+    (folder / "work").mkdir()
+    for name in ("nbs", "sdsclip_nb", "data"):
+        (folder / "work" / name).symlink_to(ROOT / name)
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    problems = {name: check(name, folder / "figures") for name in names}
+    for name, problem in problems.items():
+        print(f"{'FAILED' if problem else 'ok    '} {name:<20} {problem}")
+    failed = sum(map(bool, problems.values()))
+    if failed:
+        print(done.stdout[-3000:])
+    if not args.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"made in {time.time() - start:.0f} s")
+    print(f"{len(problems) - failed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
