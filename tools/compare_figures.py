@@ -1,6 +1,6 @@
 """Hold the figures of another run (another machine, a fresh clone) against those in figures/, within the tolerance stated in 05_report.
 
-Both need the same seeds: the committed figures are of `make reproduce SEEDS=5 ARGS=extra_seeds=3`. Exits with 1 where something is beyond.
+Both need the same seeds: the committed figures are of `make reproduce SEEDS=5 ARGS=extra_seeds=1`. Exits with 1 where something is beyond.
 """
 import argparse
 import sys
