@@ -203,7 +203,7 @@ def read(name:str,           # of the result
     return pd.read_csv(path)
 
 # %% ../nbs/05_report.ipynb #e49bcace
-TOLERANCE = .002  # of a level, in shares of items; of a difference twice that
+TOLERANCE = .005  # of a level, in shares of items; of a difference twice that
 
 def _numbers(path):
     "The levels or differences of a table, by what they are about."
