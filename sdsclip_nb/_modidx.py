@@ -410,6 +410,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                                                                      'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.load_student': ('student.html#load_student', 'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.make_map': ('student.html#make_map', 'sdsclip_nb/student.py'),
+                                    'sdsclip_nb.student.needs_quick_gelu': ('student.html#needs_quick_gelu', 'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.save_student': ('student.html#save_student', 'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.student_latents': ('student.html#student_latents', 'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.student_source': ('student.html#student_source', 'sdsclip_nb/student.py')},
