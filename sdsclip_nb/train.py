@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['BASE', 'RESULT_FORMAT', 'Distillation', 'Parts', 'build', 'describe', 'features_and_latents', 'fit_map', 'batch_loss',
-           'NonFiniteLoss', 'check_finite', 'settings_digest', 'save_checkpoint', 'load_checkpoint', 'make_optimizer',
-           'validation_suites', 'pairs_suite', 'Run', 'start', 'optimize', 'look', 'train', 'run_and_measure']
+           'NonFiniteLoss', 'check_finite', 'settings_digest', 'save_checkpoint', 'find_checkpoint', 'make_optimizer',
+           'validation_suites', 'pairs_suite', 'Run', 'make_accelerator', 'start', 'optimize', 'look', 'train',
+           'run_and_measure']
 
 # %% ../nbs/03_train.ipynb #2c1f6a76
 import json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from .data import PairBatches, load_pairs
+from .data import NoSplit, PairBatches, load_pairs, missing_for
 from .evaluate import Result, evaluate
 from .experiment import (
     TEACHERS, Experiment, Record, digest, file_hash, from_root, make_experiment, pick_device, repo_root, require, run_name, start_record)
@@ -153,16 +156,18 @@ def save_checkpoint(accelerator, folder:Path, step:int, history:list, e:Experime
     shutil.rmtree(new, ignore_errors=True)
     accelerator.save_state(str(new), safe_serialization=True)
     (new/'progress.json').write_text(json.dumps(dict(step=step, history=history, settings=settings_digest(e), seconds=seconds)))
-    shutil.rmtree(old, ignore_errors=True); new.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+    new.rename(old)
 
-def load_checkpoint(accelerator, folder:Path, e:Experiment) -> tuple[int, list, float]: # next step, history, seconds so far
-    "Take up `folder`/checkpoint if it is of the same settings."
+def find_checkpoint(folder:Path, e:Experiment) -> dict|None:
+    "The progress in `folder`/checkpoint if the run goes on from there; None for a fresh start, which is said where a checkpoint is passed over."
     path = folder/'checkpoint'/'progress.json'
-    if not (e.resume and path.is_file()): return 0, [], 0.
-    progress = json.loads(path.read_text())
-    if progress['settings'] != settings_digest(e): return 0, [], 0.
-    accelerator.load_state(str(folder/'checkpoint'))
-    return progress['step'], progress['history'], progress['seconds']
+    if not (folder/'checkpoint').is_dir(): return None
+    progress = json.loads(path.read_text()) if path.is_file() else {}
+    if e.resume and progress.get('settings') == settings_digest(e): return progress
+    why = 'resume=False' if not e.resume else 'it is of other settings' if progress else 'it holds no progress.json'
+    print(f'{folder/"checkpoint"} is not taken up ({why}): the run starts afresh, and the next checkpoint replaces it.')
+    return None
 
 # %% ../nbs/03_train.ipynb #63e02c89
 def make_optimizer(parts:Parts):
@@ -181,9 +186,9 @@ def validation_suites(e:Experiment) -> list:
 
 def pairs_suite(e:Experiment, split:str='val', n:int=1000):
     "Retrieval among the pairs of a source's split, each image with its first caption; None where the split is not there."
-    from sdsclip_nb.data import missing_for
     if missing_for(e.data, e.data_root, split): return None
-    pairs = load_pairs(e.data, e.data_root, split=split, n=n)
+    try: pairs = load_pairs(e.data, e.data_root, split=split, n=n)
+    except NoSplit: return None
     index = np.arange(len(pairs))[:, None]
     images, captions = zip(*((pairs[i].image, pairs.captions(i)[0]) for i in range(len(pairs))))
     return Suite(f'{e.data}-retrieval', 'retrieval', list(images), list(captions), index, index,
@@ -198,11 +203,17 @@ class Run:
     folder:Path           # what was written
     record:Record
 
+def make_accelerator(e:Experiment, device:torch.device, folder:Path) -> Accelerator:
+    "Device and precision as the settings say: accelerate keeps those of the process's first Accelerator unless its state is reset."
+    AcceleratorState._reset_state(reset_partial_state=True)
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
+    return Accelerator(mixed_precision=e.precision, cpu=device.type == 'cpu', device_placement=False, log_with='tensorboard',
+                       project_config=project)
+
 def start(e:Experiment, parts:Parts):
     "Accelerator, folder and record of a run."
     folder = from_root(e.out_dir or f'out/runs/{run_name(e)}'); folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=e.precision, cpu=parts.device.type == 'cpu', log_with='tensorboard',
-                              project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)))
+    accelerator = make_accelerator(e, parts.device, folder)
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in e.model_dump().items()}
     accelerator.init_trackers('tensorboard', config=config)
     inputs = dict(pairs=parts.pairs.content_hash())
@@ -213,12 +224,18 @@ def start(e:Experiment, parts:Parts):
     return accelerator, folder, start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
 
 # %% ../nbs/03_train.ipynb #18b4ba17
-def optimize(parts:Parts, accelerator, folder:Path, progress:bool=True) -> tuple[list, float]: # a dict a step, seconds
+def optimize(parts:Parts, accelerator, folder:Path,
+             progress:bool=True,       # show a bar
+             checkpoint:dict|None=None, # from `find_checkpoint`
+            ) -> tuple[list, float]:   # a dict a step, seconds
     "The loop: every step's losses, gradient norm and rate, with checkpoints and looks at the validation data."
     e = parts.experiment
     module, opt, sched = accelerator.prepare(parts.module, *make_optimizer(parts))
     trained = [p for p in parts.module.parameters() if p.requires_grad]
-    begin, history, before = load_checkpoint(accelerator, folder, e)
+    begin, history, before = 0, [], 0.
+    if checkpoint:
+        accelerator.load_state(str(folder/'checkpoint'))
+        begin, history, before = checkpoint['step'], checkpoint['history'], checkpoint['seconds']
     batches = PairBatches(parts.pairs, parts.student.preprocess, parts.student.tokenizer, e.batch_size, e.seed, begin,
                           cache=e.data.startswith('mini'), num_workers=e.num_workers)
     suites = validation_suites(e) if e.eval_every else []
@@ -252,8 +269,9 @@ def train(e:Experiment,             # the settings
     "One fine-tuning run, start to finish; picks up its checkpoint if it was cut off."
     parts = parts or build(e)
     accelerator, folder, record = start(e, parts)
-    fit = fit_map(parts) if not (e.resume and (folder/'checkpoint').is_dir()) else []
-    history, seconds = optimize(parts, accelerator, folder, progress)
+    checkpoint = find_checkpoint(folder, e)
+    fit = [] if checkpoint else fit_map(parts)
+    history, seconds = optimize(parts, accelerator, folder, progress, checkpoint)
     accelerator.end_training(); parts.student.eval()
     save_student(parts.student, folder/'student')
     if parts.latent_map is not None:
