@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 from sdsclip_nb.experiment import SCALES, TEACHERS
-from sdsclip_nb.plan import RESULTS, SUITES_OF, TEACHER_ITEMS, TEACHERS_OF, plan, result_needs
+from sdsclip_nb.plan import plan, result_needs, RESULTS, SUITES_OF, TEACHER_ITEMS, TEACHERS_OF
 
 SCALE = config.get("scale", "mini")  # mini or paper
 SEEDS = int(config.get("seeds", 3))  # of ViT-B-32

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'RELATIONS', 'COLOUR_NAMES', 'DISTANCE', 'SIZE', 'STYLES', 'WEB_SENTENCES', 'MERGES',
-           'CONTEXT_LENGTH', 'WINOGROUND_TAGS', 'SUITES', 'stream', 'Scenes', 'sample_scenes', 'render', 'show_images',
-           'render_single', 'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'swap', 'mini_winoground',
-           'mini_relation', 'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval', 'load_suite']
+           'CONTEXT_LENGTH', 'WINOGROUND_TAGS', 'SUITES', 'Scenes', 'sample_scenes', 'render', 'render_single',
+           'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'swap', 'mini_winoground', 'mini_relation',
+           'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval', 'load_suite']
 
 # %% ../nbs/01_mini.ipynb #fb31b340
-import gzip, zlib
+import gzip
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
@@ -17,6 +17,7 @@ from importlib.resources import files
 import numpy as np
 
 from .suite import Suite
+from .record import stream
 
 # %% ../nbs/01_mini.ipynb #8cc11d8e
 COLOURS = dict(red=(225, 35, 35), green=(40, 170, 60), blue=(45, 75, 230), yellow=(240, 220, 50), purple=(145, 55, 190),
@@ -25,12 +26,6 @@ COLOURS = dict(red=(225, 35, 35), green=(40, 170, 60), blue=(45, 75, 230), yello
 SHAPES = ('square', 'circle', 'triangle', 'diamond', 'cross', 'ring', 'bar', 'heart', 'pillar', 'frame', 'arrow', 'moon')
 RELATIONS = ('left of', 'right of', 'above', 'below')
 COLOUR_NAMES = tuple(COLOURS)
-
-def stream(purpose:str, # what the numbers are for; every purpose has its own stream
-           *seeds:int,  # further seeds
-          ) -> np.random.Generator:
-    "A random stream that depends on its purpose and seeds alone, so that no two parts of the world share numbers by accident."
-    return np.random.default_rng([zlib.crc32(purpose.encode()), *seeds])
 
 # %% ../nbs/01_mini.ipynb #2b4bfbff
 @dataclass
@@ -141,28 +136,6 @@ def render(scenes:Scenes,            # what to draw
     if n == 0: return np.empty((0, SIZE, SIZE, 3), np.uint8)
     return np.concatenate([_paint(scenes.colour[p], scenes.shape[p], centre[p], radius[p], rng) for p in parts])
 
-# %% ../nbs/01_mini.ipynb #04a015ec
-def show_images(images,            # (n, h, w, 3) uint8 or in 0..1, or a list of PIL images
-                titles=None,       # one a picture
-                cols:int=6,        # pictures a row
-                size:float=1.5,    # inches a picture
-                title:str|None=None, # above all
-               ):
-    "A grid of pictures."
-    import matplotlib.pyplot as plt
-    rows = -(-len(images)//cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*size, rows*size*(1.22 if titles else 1)), squeeze=False, layout='constrained')
-    for ax in axes.flat: ax.axis('off')
-    for i, (ax, image) in enumerate(zip(axes.flat, images)):
-        ax.imshow(image, interpolation='nearest')
-        if titles: ax.set_title('\n'.join(_wrap(titles[i])), fontsize=7)
-    if title: fig.suptitle(title, fontsize=9)
-    plt.show()
-
-def _wrap(text, width=22):
-    import textwrap
-    return textwrap.wrap(text, width, max_lines=3, placeholder='…') or ['']
-
 # %% ../nbs/01_mini.ipynb #b1e6213b
 def render_single(colour:np.ndarray,        # (n,) indices into `COLOUR_NAMES`
                   shape:np.ndarray,         # (n,) indices into `SHAPES`
@@ -228,12 +201,12 @@ def mini_tokenizer(merges:int=MERGES,                # how many of CLIP's merges
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=pairs, model_max_length=context_length)
 
 # %% ../nbs/01_mini.ipynb #ab917e94
-def _suite(name, metric, images, image_index, options, world, label=None, tags=None):
+def _suite(name, metric, images, image_index, options, split, label=None, tags=None):
     "Make a suite from caption options given as text: (items, options)."
     captions, index = np.unique(np.asarray(options), return_inverse=True)
     n = len(image_index)
     return Suite(name, metric, images, [str(c) for c in captions], image_index, index.reshape(n, -1),
-                 np.zeros(n, int) if label is None else label, np.full(n, '') if tags is None else np.asarray(tags), world)
+                 np.zeros(n, int) if label is None else label, np.full(n, '') if tags is None else np.asarray(tags), split)
 
 # %% ../nbs/01_mini.ipynb #b3b02984
 def swap(scenes:Scenes, # the scenes
@@ -249,11 +222,11 @@ def swap(scenes:Scenes, # the scenes
 WINOGROUND_TAGS = dict(Object=141, Relation=233, Both=26)  # of 400 items
 
 def mini_winoground(n:int=400,          # items
-                    world:str='test',   # 'test' or 'val'
+                    split:str='test',   # 'test' or 'val'
                     name:str='mini-winoground', # also says which stream of random numbers
                    ) -> Suite:
     "Two pictures and two captions of the same words."
-    rng = stream(f'{name}-{world}')
+    rng = stream(f'{name}-{split}')
     share = np.cumsum(list(WINOGROUND_TAGS.values()))/400
     tags = np.array(list(WINOGROUND_TAGS))[np.searchsorted(share, (np.arange(n) + .5)/n)]
     first = sample_scenes(n, rng)
@@ -263,22 +236,22 @@ def mini_winoground(n:int=400,          # items
         second.colour[k], second.shape[k] = other.colour, other.shape
     images = np.concatenate([render(first, rng), render(second, rng)])
     return _suite(name, 'winoground', images, np.stack([np.arange(n), n + np.arange(n)], 1),
-                  np.stack([first.captions(), second.captions()], 1), world, tags=tags)
+                  np.stack([first.captions(), second.captions()], 1), split, tags=tags)
 
 # %% ../nbs/01_mini.ipynb #2395cce2
-def _choice(name, n, world, options, metric='choice'):
+def _choice(name, n, split, options, metric='choice'):
     "Items of one picture whose first option is true."
-    rng = stream(f'{name}-{world}')
+    rng = stream(f'{name}-{split}')
     scenes = sample_scenes(n, rng)
-    return _suite(name, metric, render(scenes, rng), np.arange(n)[:, None], options(scenes, rng), world)
+    return _suite(name, metric, render(scenes, rng), np.arange(n)[:, None], options(scenes, rng), split)
 
-def mini_relation(n:int=2000, world:str='test') -> Suite:
+def mini_relation(n:int=2000, split:str='test') -> Suite:
     "ARO's VG-Relation in the mini world: objects exchanged."
-    return _choice('mini-relation', n, world, lambda s, rng: np.stack([s.captions(), swap(s, 'Object').captions()], 1))
+    return _choice('mini-relation', n, split, lambda s, rng: np.stack([s.captions(), swap(s, 'Object').captions()], 1))
 
-def mini_attribution(n:int=2000, world:str='test') -> Suite:
+def mini_attribution(n:int=2000, split:str='test') -> Suite:
     "ARO's VG-Attribution in the mini world: adjectives exchanged."
-    return _choice('mini-attribution', n, world, lambda s, rng: np.stack([s.captions(), swap(s, 'Relation').captions()], 1))
+    return _choice('mini-attribution', n, split, lambda s, rng: np.stack([s.captions(), swap(s, 'Relation').captions()], 1))
 
 # %% ../nbs/01_mini.ipynb #6d5bfcb9
 def shuffles(caption:str,              # the true caption
@@ -302,14 +275,14 @@ def _different(caption, rng):
         out = shuffles(caption, rng)
         if caption not in out: return out
 
-def mini_order(n:int=1000, world:str='test') -> Suite:
+def mini_order(n:int=1000, split:str='test') -> Suite:
     "COCO-Order in the mini world: the true caption against four shuffles."
-    return _choice('mini-order', n, world, lambda s, rng: np.array([[c, *_different(c, rng)] for c in s.captions()]), 'order')
+    return _choice('mini-order', n, split, lambda s, rng: np.array([[c, *_different(c, rng)] for c in s.captions()]), 'order')
 
 # %% ../nbs/01_mini.ipynb #e1da54e2
-def _zeroshot(what, n, world):
+def _zeroshot(what, n, split):
     name = f'mini-zeroshot-{what}'
-    rng = stream(f'{name}-{world}')
+    rng = stream(f'{name}-{split}')
     colour, shape = rng.integers(0, len(COLOURS), n), rng.integers(0, len(SHAPES), n)
     style = np.array(STYLES[1:])[np.arange(n) % 3]
     images = np.empty((n, SIZE, SIZE, 3), np.uint8)
@@ -318,34 +291,34 @@ def _zeroshot(what, n, world):
                    object=[f'a {c} {s}' for c in COLOURS for s in SHAPES])[what]
     label = dict(colour=colour, shape=shape, object=colour*len(SHAPES) + shape)[what]
     return Suite(name, 'zeroshot', images, classes, np.arange(n)[:, None], np.broadcast_to(np.arange(len(classes)), (n, len(classes))),
-                 label, style, world, macros={'mean per class': np.array(classes)[label]})
+                 label, style, split, macros={'mean per class': np.array(classes)[label]})
 
-def mini_retrieval(n:int=1000, world:str='test') -> Suite:
+def mini_retrieval(n:int=1000, split:str='test') -> Suite:
     "`n` pictures that all look different, and their captions."
-    rng = stream(f'mini-retrieval-{world}')
+    rng = stream(f'mini-retrieval-{split}')
     scenes = sample_scenes(n, rng, unique=True)
     index = np.arange(n)[:, None]
     return Suite('mini-retrieval', 'retrieval', render(scenes, rng), scenes.captions(), index, index,
-                 np.zeros(n, int), np.full(n, ''), world)
+                 np.zeros(n, int), np.full(n, ''), split)
 
 # %% ../nbs/01_mini.ipynb #edd8ef46
 SUITES = {
     'mini-winoground': mini_winoground,
-    'mini-winoground-large': lambda n=4000, world='test': mini_winoground(n, world, 'mini-winoground-large'),
+    'mini-winoground-large': lambda n=4000, split='test': mini_winoground(n, split, 'mini-winoground-large'),
     'mini-relation': mini_relation,
     'mini-attribution': mini_attribution,
     'mini-order': mini_order,
-    'mini-zeroshot-colour': lambda n=1200, world='test': _zeroshot('colour', n, world),
-    'mini-zeroshot-shape': lambda n=1200, world='test': _zeroshot('shape', n, world),
-    'mini-zeroshot-object': lambda n=1200, world='test': _zeroshot('object', n, world),
+    'mini-zeroshot-colour': lambda n=1200, split='test': _zeroshot('colour', n, split),
+    'mini-zeroshot-shape': lambda n=1200, split='test': _zeroshot('shape', n, split),
+    'mini-zeroshot-object': lambda n=1200, split='test': _zeroshot('object', n, split),
     'mini-retrieval': mini_retrieval,
 }
 
 def load_suite(name:str,           # a key of `SUITES`
-               world:str='test',   # 'test' to report on, 'val' to choose settings on
+               split:str='test',   # 'test' to report on, 'val' to choose settings on
                n:int|None=None,    # items; None: the suite's own number
               ) -> Suite:
     "Draw one of the mini world's suites; the same every time."
     if name not in SUITES: raise ValueError(f'suite {name!r} is unknown: choose one of {", ".join(SUITES)}')
-    if world not in ('test', 'val'): raise ValueError(f'world={world!r} is unknown: choose test (to report) or val (to choose settings)')
-    return SUITES[name](world=world) if n is None else SUITES[name](n=n, world=world)
+    if split not in ('test', 'val'): raise ValueError(f'split={split!r} is unknown: choose test (to report) or val (to choose settings)')
+    return SUITES[name](split=split) if n is None else SUITES[name](n=n, split=split)

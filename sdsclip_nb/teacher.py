@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from fastcore.basics import patch
 from PIL import Image
 
-from .experiment import RANDOM, TEACHER_FILES, TEACHERS, repo_root
+from .experiment import RANDOM, repo_root, TEACHER_FILES, TEACHERS
 
 # %% ../nbs/02_teacher.ipynb #ad2916f4
 def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id

@@ -19,7 +19,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from sdsclip_nb.mini import load_suite
 from sdsclip_nb.reader import Images, Picture
-from sdsclip_nb.scores import ClipScorer, DenoisingScorer, plain_errors, suite_scores
+from sdsclip_nb.clip_scores import ClipScorer
+from sdsclip_nb.denoising_scores import DenoisingScorer, plain_errors
+from sdsclip_nb.scores import suite_scores
 from sdsclip_nb.student import Student
 from sdsclip_nb.teacher import load_teacher
 

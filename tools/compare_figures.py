@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdsclip_nb.report import TOLERANCE, compare_figures
+from sdsclip_nb.report import compare_figures, TOLERANCE
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ STUDENT = "ViT-B-32-sentences"  # the one that variants run on
 RUN = f"{STUDENT}/{{}}/seed0"
 RESULT = """from sdsclip_nb.evaluate import point_ranges
 from sdsclip_nb.plan import COLUMNS
-from sdsclip_nb.report import Runs, begin, levels, write
+from sdsclip_nb.report import begin, levels, Runs, write
 runs = Runs(results, scale, seeds, other_seeds, extra_seeds); record = begin('gradient', runs)
 table = levels(runs, ['ViT-B-32-sentences'], ['base', 'clip', 'sds-gradient'], [COLUMNS[scale]['text']])
 write(record, runs, table, point_ranges(table, 'training', 'metric').figure, figures)"""

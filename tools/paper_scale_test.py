@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sdsclip_nb.compositional import MIN_PAIR
+from sdsclip_nb.aro import MIN_PAIR
 from sdsclip_nb.evaluate import Result
-from sdsclip_nb.plan import RESULTS, SUITES_OF, TEACHERS_OF, plan
+from sdsclip_nb.plan import plan, RESULTS, SUITES_OF, TEACHERS_OF
 from sdsclip_nb.suite import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
