@@ -20,7 +20,7 @@ from PIL import Image
 
 from .experiment import from_root
 from .suite import Suite
-from .scores import _ahead, _bar, _batches, _distinct, _index, _picture, _plain_suite_scores, _spread_bad, _try, _unique
+from .scores import load_ahead, progress_bar, in_batches, distinct_images, checked_index, open_image, index_scores, spread_bad, try_image, unique_index
 
 # %% ../nbs/05a_clip_scores.ipynb #a622d405
 class FeatureStore:
@@ -149,8 +149,8 @@ def _encode(self:ClipScorer, what, keys, batches, load, tower, store, low):
     have, device = store.get(keys) if store else {}, self.student.device
     todo = [k for k in keys if k not in have]
     self._count(what, encoded=len(todo), from_store=len(have))
-    with _bar(len(todo), f'{self.name} {what}', self.progress) as bar:
-        for batch, inputs in _ahead(batches(todo), load, self.workers):
+    with progress_bar(len(todo), f'{self.name} {what}', self.progress) as bar:
+        for batch, inputs in load_ahead(batches(todo), load, self.workers):
             good = [(k, x) for k, x in zip(batch, inputs) if x is not None]; bar.update(len(batch))
             if not good: continue
             with torch.autocast(device.type, DTYPES.get(self.autocast), enabled=low):
@@ -168,13 +168,13 @@ def _count(self:ClipScorer, what, **numbers):
 @patch
 def _image_features(self:ClipScorer, images, numbers, low):
     "(len(numbers), D) unit features, NaN where a picture cannot be read."
-    keys, first = _distinct(images, numbers); store, s = self._store(images), self.student
+    keys, first = distinct_images(images, numbers); store, s = self._store(images), self.student
     prefix = _tower_digest(s, 'image', self.autocast if low else 'float32') + _preprocess_digest(s.preprocess) if store else b''
-    prepare = lambda images, i: s.preprocess(_picture(images, i))
+    prepare = lambda images, i: s.preprocess(open_image(images, i))
     number = {prefix + k: i for k, i in first.items()}
-    batches = lambda keys: _batches(keys, self.batch_size); load = lambda k: _try(images, number[k], prepare)
+    batches = lambda keys: in_batches(keys, self.batch_size); load = lambda k: try_image(images, number[k], prepare)
     found = self._encode('images', list(number), batches, load, s.encode_image, store, low)
-    _spread_bad(images, keys, {k for k in first if prefix + k in found})
+    spread_bad(images, keys, {k for k in first if prefix + k in found})
     blank = np.full(s.embed_dim, np.nan, np.float32)
     return np.stack([found.get(prefix + k, blank) if k is not None else blank for k in (keys[int(i)] for i in numbers)])
 
@@ -203,7 +203,7 @@ def _cosines(images, captions, i, c):
 @patch
 def _score(self:ClipScorer, images, captions, i, c, low=False):
     "(items, P, O) cosines; only what the index points to is encoded."
-    (a, i), (b, c) = _unique(i), _unique(c)
+    (a, i), (b, c) = unique_index(i), unique_index(c)
     texts = self._text_features([captions[k] for k in b], self._store(images), low)
     return _cosines(self._image_features(images, a, low), texts, i, c)
 
@@ -216,7 +216,7 @@ def scores(self:ClipScorer,
           ) -> np.ndarray:     # (n, m), or with an index (items, P, O)
     "Cosines, higher fits better."
     start, pairs = time.perf_counter(), image_index is None
-    i, c = _index(images, captions, image_index, caption_index)
+    i, c = checked_index(images, captions, image_index, caption_index)
     self.details = dict(precision='float32')
     with _measuring(self.student):
         s = self._score(images, captions, i, c) if self.autocast is None else self._autocast_score(images, captions, i, c)
@@ -250,11 +250,11 @@ def of_suite(self:ClipScorer,
              suite:Suite, # of any kind
             ) -> np.ndarray: # see `suite_scores`
     "Scores of a suite; with templates, those of the classes."
-    if not suite.templates: return _plain_suite_scores(self, suite)
+    if not suite.templates: return index_scores(self, suite)
     start = time.perf_counter(); self.details = dict(precision='float32')
     prompts = [t.format(name) for name in suite.captions for t in suite.templates]
-    i, c = _index(suite.images, suite.captions, suite.image_index, suite.caption_index)
-    a, i = _unique(i)
+    i, c = checked_index(suite.images, suite.captions, suite.image_index, suite.caption_index)
+    a, i = unique_index(i)
     with _measuring(self.student):
         text = self._text_features(prompts, self._store(suite.images), False)
         text = text.reshape(len(suite.captions), len(suite.templates), -1).mean(1)

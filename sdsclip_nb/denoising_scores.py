@@ -17,7 +17,7 @@ from PIL import Image
 
 from .record import stream
 from .suite import Suite
-from .scores import _ahead, _bar, _batches, _distinct, _index, _picture, _plain_suite_scores, _spread_bad, _try, _unique
+from .scores import load_ahead, progress_bar, in_batches, distinct_images, checked_index, open_image, index_scores, spread_bad, try_image, unique_index
 
 # %% ../nbs/05b_denoising_scores.ipynb #15cf130b
 def round_noise(item:str,      # id of the item
@@ -172,11 +172,11 @@ def _block(self:DenoisingScorer, ids, latents, texts, adaptive):
 @patch
 def _latents(self:DenoisingScorer, images, numbers):
     "(len(numbers), ...) latents, each distinct picture encoded once; and which numbers could be read."
-    keys, first = _distinct(images, numbers); found = {}
-    for batch, pictures in _ahead(_batches(list(first), self.batch_size), lambda k: _try(images, first[k], _picture)):
+    keys, first = distinct_images(images, numbers); found = {}
+    for batch, pictures in load_ahead(in_batches(list(first), self.batch_size), lambda k: try_image(images, first[k], open_image)):
         good = [(k, x) for k, x in zip(batch, pictures) if x is not None]
         if good: found.update(zip((k for k, _ in good), self.teacher.encode_images([x for _, x in good])))
-    _spread_bad(images, keys, found); self.details['images_encoded'] = len(found)
+    spread_bad(images, keys, found); self.details['images_encoded'] = len(found)
     read = np.array([keys[int(i)] in found for i in numbers], bool)
     blank = torch.zeros(self.teacher.latent_shape, dtype=self.teacher.dtype, device=self.teacher.device)
     return torch.stack([found.get(keys[int(i)], blank) for i in numbers]), read
@@ -184,12 +184,12 @@ def _latents(self:DenoisingScorer, images, numbers):
 @patch
 def _run(self:DenoisingScorer, images, captions, i, c, ids, adaptive):
     "Fill `last`."
-    numbers, i = _unique(i); latents, read = self._latents(images, numbers)
+    numbers, i = unique_index(i); latents, read = self._latents(images, numbers)
     n, p = i.shape; o = c.shape[-1]; todo = np.flatnonzero(read[i].all(1)); size = max(1, min(256, 2048//o))
     out = self.last = dict(raw=np.full((n, p, o), np.nan, np.float32), se=np.full(n, np.nan), settled=np.zeros(n, bool),
                            evaluations=np.zeros(n, int), draws=np.zeros(n, int))
     out['relative'] = out['raw'].copy() if p > 1 else None
-    with _bar(len(todo), self.name, self.progress) as bar:
+    with progress_bar(len(todo), self.name, self.progress) as bar:
         for k in range(0, len(todo), size):
             b = todo[k:k + size]; texts = [captions[x] for x in c] if c.ndim == 1 else [[captions[x] for x in row] for row in c[b]]
             races, used = self._block([ids[x] for x in b], latents[i[b]], texts, adaptive); bar.update(len(b))
@@ -217,7 +217,7 @@ def scores(self:DenoisingScorer,
           ) -> np.ndarray:     # (n, m), or with an index (items, P, O): relative with two pictures, else raw
     "Minus denoising errors, higher fits better; without an index every picture is an item with all captions."
     start, pairs = time.perf_counter(), image_index is None
-    i, c = _index(images, captions, image_index, caption_index); self.details = {}
+    i, c = checked_index(images, captions, image_index, caption_index); self.details = {}
     if i.shape[1] > 2: raise ValueError(f'image_index is {i.shape}: the denoising score compares one or two pictures an item')
     adaptive = self.adaptive if adaptive is None else adaptive
     self._run(images, captions, i, c, [str(k) for k in range(len(i))] if ids is None else [str(k) for k in ids], adaptive)
@@ -233,7 +233,7 @@ def of_suite(self:DenoisingScorer,
             ) -> np.ndarray: # see `suite_scores`
     "Scores of a suite; an item's draws depend on its id."
     several = suite.metric != 'retrieval' and np.ndim(suite.label) == 2 and np.shape(suite.label)[1] > 1
-    return _plain_suite_scores(self, suite, ids=getattr(suite, 'ids', None), adaptive=False if several else None)
+    return index_scores(self, suite, ids=getattr(suite, 'ids', None), adaptive=False if several else None)
 
 # %% ../nbs/05b_denoising_scores.ipynb #ab7a5212
 def plain_errors(teacher,            # a `Teacher`

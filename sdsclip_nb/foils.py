@@ -15,7 +15,7 @@ from PIL import Image
 
 from .pairs import BadItem, DataError, listing, need
 from .reader import (
-    benchmark, Builder, Picture, read_json_file)
+    benchmark, Builder, LazyImage, read_json_file)
 from .suite import Suite
 
 # %% ../nbs/04e_foils.ipynb #00c6e32a
@@ -33,7 +33,7 @@ def _by_name(root:Path) -> dict: # file name -> its place below `root`, '' if th
 def _found(root, found, name):
     "The picture of that name; the name itself if there is none, for `Builder` to refuse."
     if found.get(name) == '': raise BadItem(f'there are two files {name} below {root}. Remove or rename one.')
-    return Picture(name, root/found[name]) if name in found else name
+    return LazyImage(name, root/found[name]) if name in found else name
 
 # %% ../nbs/04e_foils.ipynb #278fec64
 @benchmark('valse', 'one thing changed in a caption: existence, number, relation, action, coreference, noun',
@@ -93,11 +93,11 @@ def _controlled(name, file, root, on_error):
     return _complete(b.suite(), {'both of a pair': 2, 'all of a set of four': 4})
 
 _WHATSUP = "Kamath et al. 2023, repository amitakamath/whatsup_vlms"
-for _name, _file, _images, _asks in (
+for _name, _annotation, _images, _asks in (
         ('whatsup-a', 'controlled_images_dataset.json', 'controlled_images', 'left of, right of, on or under (photos)'),
         ('whatsup-b', 'controlled_clevr_dataset.json', 'controlled_clevr', 'left of, right of, in front of or behind (photos)')):
-    benchmark(_name, _asks, _WHATSUP, {_file: _WHATSUP, f'{_images}/*': f'{_images}.tar.gz of {_WHATSUP}'}, 'whatsup')(
-        partial(_controlled, _name, _file))
+    benchmark(_name, _asks, _WHATSUP, {_annotation: _WHATSUP, f'{_images}/*': f'{_images}.tar.gz of {_WHATSUP}'}, 'whatsup')(
+        partial(_controlled, _name, _annotation))
 
 # %% ../nbs/04e_foils.ipynb #cac3f34c
 _PHRASES = {'whatsup-coco-two': (('left of', 'right of', 'above'), 'below'),
@@ -124,7 +124,7 @@ def _scenes(name, file, folder, digits, root, on_error):
 # %% ../nbs/04e_foils.ipynb #bd19a4db
 for _source, _said, _folder, _digits in (('coco', 'COCO', 'val2017', 12), ('vg', 'Visual Genome', 'vg_images', 0)):
     for _objects in ('one', 'two'):
-        _name, _file = f'whatsup-{_source}-{_objects}', f'{_source}_qa_{_objects}_obj.json'
-        _files = {_file: _WHATSUP, f'{_folder}/*.jpg': f'{_said} pictures, linked in the same repository'}
+        _name, _annotation = f'whatsup-{_source}-{_objects}', f'{_source}_qa_{_objects}_obj.json'
+        _files = {_annotation: _WHATSUP, f'{_folder}/*.jpg': f'{_said} pictures, linked in the same repository'}
         benchmark(_name, f'places in {_said} pictures, {_objects} object{"s" * (_objects == "two")}', _WHATSUP, _files, 'whatsup')(
-            partial(_scenes, _name, _file, _folder, _digits))
+            partial(_scenes, _name, _annotation, _folder, _digits))

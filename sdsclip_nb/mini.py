@@ -43,7 +43,7 @@ class Scenes:
         return [f'a {COLOUR_NAMES[c0]} {SHAPES[s0]} {RELATIONS[r]} a {COLOUR_NAMES[c1]} {SHAPES[s1]}'
                 for (c0, c1), (s0, s1), r in zip(self.colour, self.shape, self.relation)]
 
-    def same_picture(self) -> np.ndarray:
+    def same_image(self) -> np.ndarray:
         "(n,) a number for what is seen: naming the other object first does not change it."
         flip = self.relation % 2 == 1
         c = np.where(flip[:, None], self.colour[:, ::-1], self.colour)
@@ -60,11 +60,11 @@ def sample_scenes(n:int,                    # how many
         a = rng.integers(0, k, n); return np.stack([a, (a + rng.integers(1, k, n)) % k], 1)
     scenes = Scenes(two(len(COLOURS)), two(len(SHAPES)), rng.integers(0, len(RELATIONS), n))
     if not unique: return scenes
-    _, first = np.unique(scenes.same_picture(), return_index=True)
+    _, first = np.unique(scenes.same_image(), return_index=True)
     if len(first) < n:
         more = sample_scenes(n, rng)
         scenes = Scenes(*(np.concatenate([getattr(scenes, k), getattr(more, k)]) for k in ('colour', 'shape', 'relation')))
-        _, first = np.unique(scenes.same_picture(), return_index=True)
+        _, first = np.unique(scenes.same_image(), return_index=True)
     return scenes[np.sort(first)[:n]]
 
 # %% ../nbs/01_mini.ipynb #49bfee21

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .record import Missing, MissingError
 from .record import stream
 from .reader import benchmark, Builder, check_caption
-from .retrieval import COCO, COCO_FILES, FLICKR, FLICKR_FILES, _karpathy
+from .retrieval import COCO, COCO_FILES, FLICKR, FLICKR_FILES, karpathy_entries
 
 # %% ../nbs/04f_order.ipynb #ff78a76e
 _DROPPED = re.compile(r'[.!"()*#:;~]')
@@ -87,7 +87,7 @@ def _order_notes(options, cut):
 def _order(name, file, folder, root, on_error, seed):
     "Every caption against its four shuffles."
     b, found, options = Builder(name, 'order', root, on_error, same_options=True), [], []
-    for where, image, captions in _karpathy(b, file, folder):
+    for where, image, captions in karpathy_entries(b, file, folder):
         for j, c in enumerate(captions):
             with b.trying(f'{where}, caption {j}'):
                 check_caption(clean_caption(c) if isinstance(c, str) else c)

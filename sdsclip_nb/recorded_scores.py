@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .suite import Suite
-from .scores import _index, _pool
+from .scores import checked_index, all_captions
 
 # %% ../nbs/05c_recorded_scores.ipynb #ca19b0f2
 LABEL = re.compile(r'(.+)_c(\d+)_i(\d+)')
@@ -111,14 +111,14 @@ def scores(self:RecordedScorer,
           ) -> np.ndarray:     # (n, m), or with an index (items, P, O)
     "The recorded scores, higher fits better."
     if self.labelled: raise ValueError(f'{self.path} names items, captions and images by number: score a suite, with suite_scores')
-    wanted, shape = _pairs(images, captions, *_index(images, captions, image_index, caption_index))
+    wanted, shape = _pairs(images, captions, *checked_index(images, captions, image_index, caption_index))
     s = self._find(wanted).reshape(shape)
     return s[:, 0] if image_index is None else s
 
 # %% ../nbs/05c_recorded_scores.ipynb #f4fd496f
 def _asked(suite, by_item):
     "The table of what a suite asks for, and its shape."
-    i, c = (suite.image_index[:, :1], _pool(suite)) if suite.metric == 'retrieval' else (suite.image_index, suite.caption_index)
+    i, c = (suite.image_index[:, :1], all_captions(suite)) if suite.metric == 'retrieval' else (suite.image_index, suite.caption_index)
     return _pairs(suite.images, suite.captions, i, c, (range(len(suite)) if suite.ids is None else suite.ids) if by_item else None)
 
 @patch

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .pairs import BadItem, need
 from .reader import (
-    benchmark, Builder, hub_rows, Picture, read_json_file, require_files)
+    benchmark, Builder, hub_rows, LazyImage, read_json_file, require_files)
 from .suite import Suite
-from .reader import _with_pictures
+from .reader import rows_with_images
 
 # %% ../nbs/04c_sugarcrepe.ipynb #87d2e3f7
 SUGARCREPE = dict(add_att=692, add_obj=2062, replace_att=788, replace_obj=1652, replace_rel=1406, swap_att=666, swap_obj=245)  # or 246
@@ -123,11 +123,11 @@ from PIL import Image
 
 from .pairs import BadItem, DataError, need
 from .reader import (
-    benchmark, Builder, hub_rows, Picture, read_json_file, require_files)
+    benchmark, Builder, hub_rows, LazyImage, read_json_file, require_files)
 from .suite import Suite
 
 # %% ../nbs/04c_sugarcrepe.ipynb #a3d1f1e1
-_BIVLC = dict(image=Picture, negative_image=Picture, caption=str, negative_caption=str, type=str, subtype=str)
+_BIVLC = dict(image=LazyImage, negative_image=LazyImage, caption=str, negative_caption=str, type=str, subtype=str)
 _BIVLC_KINDS = ('add-att', 'add-obj', 'replace-att', 'replace-obj', 'replace-rel', 'swap-att', 'swap-obj')
 
 @benchmark('bivlc', 'SugarCrepe with a picture for the wrong caption too', 'Miranda et al. 2024, hub imirandam/BiVLC')
@@ -137,7 +137,7 @@ def bivlc(root:Path,     # a copy of the hub's set; if absent, the hub is asked
     "BiVLC."
     b = Builder('bivlc', 'winoground', root, on_error)
     rows = hub_rows('bivlc', 'imirandam/BiVLC', 'test', root, tuple(_BIVLC))
-    for k, row in enumerate(_with_pictures(rows, ('image', 'negative_image'))):
+    for k, row in enumerate(rows_with_images(rows, ('image', 'negative_image'))):
         with b.trying(f'test, row {k}'):
             image, negative_image, caption, negative, kind, part = need(row, **_BIVLC)
             if f'{kind}-{part}' not in _BIVLC_KINDS:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .pairs import BadItem, need
 from .reader import (
-    benchmark, Builder, hub_rows, Picture, read_json_file, require_files, row_picture)
+    benchmark, Builder, hub_rows, LazyImage, read_json_file, require_files, row_image)
 from .suite import Suite
-from .reader import _with_pictures
+from .reader import rows_with_images
 
 # %% ../nbs/04b_winoground.ipynb #e8603869
 WINOGROUND_COUNTS = dict(Object=141, Relation=233, Both=26)  # Thrush et al. 2022
@@ -27,7 +27,7 @@ def _winoground_entries(root):
         require_files('winoground', top, {'images/*': 'images.zip from where examples.jsonl is: unpack it beside that'})
         return top, [(f'examples.jsonl, entry {k}', e) for k, e in enumerate(read_json_file(top/'examples.jsonl'))]
     rows = hub_rows('winoground', 'facebook/winoground', 'test', root, (*_WORDS, 'image_0', 'image_1'))
-    pictures = lambda k: {c: row_picture(rows, c, k) for c in ('image_0', 'image_1')}
+    pictures = lambda k: {c: row_image(rows, c, k) for c in ('image_0', 'image_1')}
     return None, [(f'row {k}', e | pictures(k)) for k, e in enumerate(rows.select_columns(_WORDS))]
 
 def _difficulty(root, path):
@@ -60,7 +60,7 @@ def winoground(root:Path,             # examples.jsonl and images/, a copy of th
     reasons = _difficulty(root, difficulty)
     top, entries = _winoground_entries(root)
     b = Builder('winoground', 'winoground', top or root, on_error)
-    image = Picture if top is None else str
+    image = LazyImage if top is None else str
     for where, e in entries:
         with b.trying(where):
             *pictures, number, c0, c1, preds, collapsed = need(e, image_0=image, image_1=image, id=int, caption_0=str, caption_1=str,
@@ -82,8 +82,8 @@ from PIL import Image
 
 from .pairs import BadItem, DataError, need
 from .reader import (
-    benchmark, Builder, hub_rows, Picture, read_json_file, require_files, row_picture)
-from .scores import _picture
+    benchmark, Builder, hub_rows, LazyImage, read_json_file, require_files, row_image)
+from .reader import file_image
 from .suite import Suite
 
 # %% ../nbs/04b_winoground.ipynb #3865bbca
@@ -99,7 +99,7 @@ def colorswap(root:Path,           # a copy of the hub's set, or the authors' ar
     if (root/file).is_file(): entries, kind = read_json_file(root/file), str
     else:
         rows = hub_rows('colorswap', 'stanfordnlp/colorswap', split, root, _COLORSWAP)
-        file, entries, kind = split, _with_pictures(rows, ('image_1', 'image_2')), Picture
+        file, entries, kind = split, rows_with_images(rows, ('image_1', 'image_2')), LazyImage
     for k, entry in enumerate(entries):
         where = f'{file}, entry {k}'
         with b.trying(where):
@@ -165,8 +165,8 @@ class NpyFrame:
 
 def _frame(b, name, folder):
     "A picture of EqBen: a picture file, or an array."
-    p = _picture(b, name, folder)
-    return Picture(p.name, open=NpyFrame(p.path)) if name.endswith('.npy') else p
+    p = file_image(b, name, folder)
+    return LazyImage(p.name, open=NpyFrame(p.path)) if name.endswith('.npy') else p
 
 # %% ../nbs/04b_winoground.ipynb #4f3a55a0
 def _combined(b, entries, file):

@@ -18,7 +18,7 @@ import numpy as np
 
 from .pairs import BadItem, DataError, Intake
 from .record import MINI_COMMAND, Missing, MissingError
-from .reader import benchmark, check_caption, Images, Picture
+from .reader import benchmark, check_caption, Images, LazyImage
 from .suite import Suite
 
 # %% ../nbs/04h_zeroshot.ipynb #9bc32f10
@@ -50,9 +50,9 @@ def _labels(ds):
 def _nth(ds, i): return ds[i][0]
 
 def _pictures(ds, root):
-    "Yield a `Picture` for each, or what is wrong with it as a `BadItem`. Every folder is listed once."
+    "Yield a `LazyImage` for each, or what is wrong with it as a `BadItem`. Every folder is listed once."
     if (files := _files(ds)) is None:
-        yield from (Picture(str(i), open=partial(_nth, ds, i)) for i in range(len(ds)))
+        yield from (LazyImage(str(i), open=partial(_nth, ds, i)) for i in range(len(ds)))
         return
     there = {}
     for p in files:
@@ -60,7 +60,7 @@ def _pictures(ds, root):
         name = os.path.relpath(p, root).replace(os.sep, '/')
         if name.startswith('../'): yield BadItem(f'the file name {name!r} leads out of its folder. Correct or remove the entry.')
         elif p.name not in there[p.parent]: yield BadItem(f'the image file {name} is missing. Fetch or unpack the images again.')
-        else: yield Picture(name, p)
+        else: yield LazyImage(name, p)
 
 # %% ../nbs/04h_zeroshot.ipynb #1628e9e4
 def _class_names(ds, class_names):

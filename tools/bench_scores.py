@@ -18,7 +18,7 @@ from PIL import Image
 from statsmodels.stats.proportion import proportion_confint
 
 from sdsclip_nb.mini import load_suite
-from sdsclip_nb.reader import Images, Picture
+from sdsclip_nb.reader import Images, LazyImage
 from sdsclip_nb.clip_scores import ClipScorer
 from sdsclip_nb.denoising_scores import DenoisingScorer, plain_errors
 from sdsclip_nb.scores import suite_scores
@@ -56,7 +56,7 @@ def batched(student, items, batch_size) -> np.ndarray:
     i = np.array([[place[p]] for p, *_ in items])
     c = np.array([[text[x] for x in cs] for _, *cs in items])
     scorer = ClipScorer(student, batch_size, store=None, progress=False)
-    return scorer.scores(Images([Picture(p.name, p) for p in paths]), captions, i, c)[:, 0]
+    return scorer.scores(Images([LazyImage(p.name, p) for p in paths]), captions, i, c)[:, 0]
 
 
 def clip(args) -> dict:
