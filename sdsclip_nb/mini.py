@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'RELATIONS', 'COLOUR_NAMES', 'DISTANCE', 'SIZE', 'STYLES', 'WEB_SENTENCES', 'MERGES',
            'CONTEXT_LENGTH', 'WINOGROUND_TAGS', 'SUITES', 'Scenes', 'sample_scenes', 'render', 'render_single',
-           'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'swap', 'mini_winoground', 'mini_relation',
-           'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval', 'load_suite']
+           'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'swap', 'exchanged_captions', 'mini_winoground',
+           'mini_relation', 'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval', 'load_suite']
 
 # %% ../nbs/01_mini.ipynb #fb31b340
 import gzip
+import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
@@ -28,6 +29,9 @@ RELATIONS = ('left of', 'right of', 'above', 'below')
 COLOUR_NAMES = tuple(COLOURS)
 
 # %% ../nbs/01_mini.ipynb #2b4bfbff
+def _sentence(colour0, shape0, relation, colour1, shape1):
+    return f'a {colour0} {shape0} {relation} a {colour1} {shape1}'
+
 @dataclass
 class Scenes:
     "`n` scenes: object 0, a relation, object 1."
@@ -40,7 +44,7 @@ class Scenes:
 
     def captions(self) -> list[str]:
         "One clean caption a scene."
-        return [f'a {COLOUR_NAMES[c0]} {SHAPES[s0]} {RELATIONS[r]} a {COLOUR_NAMES[c1]} {SHAPES[s1]}'
+        return [_sentence(COLOUR_NAMES[c0], SHAPES[s0], RELATIONS[r], COLOUR_NAMES[c1], SHAPES[s1])
                 for (c0, c1), (s0, s1), r in zip(self.colour, self.shape, self.relation)]
 
     def same_image(self) -> np.ndarray:
@@ -219,6 +223,27 @@ def swap(scenes:Scenes, # the scenes
     if tag == 'Both': return replace(scenes, shape=s[:, ::-1])
     raise ValueError(f'tag={tag!r} is unknown: choose Object, Relation or Both')
 
+# %% ../nbs/01_mini.ipynb #0e112026
+_ANY_COLOUR, _ANY_SHAPE, _ANY_RELATION = ('|'.join(words) for words in (COLOURS, SHAPES, RELATIONS))
+_CLEAN_CAPTION = re.compile(_sentence(*(f'({words})' for words in (
+    _ANY_COLOUR, _ANY_SHAPE, _ANY_RELATION, _ANY_COLOUR, _ANY_SHAPE))))
+
+def exchanged_captions(caption:str, # any caption of the mini world
+                      ) -> list[str]: # up to three captions, none of them `caption`
+    """The words of a clean caption in other arrangements: objects, adjectives and nouns exchanged.
+
+    In this order they are the captions of `swap` with 'Object', 'Relation' and 'Both'. Objects of the same
+    colour or shape leave one. A caption that is no clean sentence, such as a tag list, gives [].
+    """
+    found = _CLEAN_CAPTION.fullmatch(caption)
+    if found is None: return []
+    colour0, shape0, relation, colour1, shape1 = found.groups()
+    exchanged = [_sentence(colour1, shape1, relation, colour0, shape0),
+                 _sentence(colour1, shape0, relation, colour0, shape1),
+                 _sentence(colour0, shape1, relation, colour1, shape0)]
+    return [other for other in dict.fromkeys(exchanged) if other != caption]
+
+# %% ../nbs/01_mini.ipynb #cfd90090
 WINOGROUND_TAGS = dict(Object=141, Relation=233, Both=26)  # of 400 items
 
 def mini_winoground(n:int=400,          # items
