@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = "out/reproduce/mini"
 STUDENT = "ViT-B-32-sentences"  # the one that variants run on
 RUN = f"{STUDENT}/{{}}/seed0"
-RESULT = """from sdsclip_nb.evaluate import point_ranges
+RESULT = """from sdsclip_nb.plots import point_ranges
 from sdsclip_nb.plan import COLUMNS
 from sdsclip_nb.report import begin, levels, Runs, write
 runs = Runs(results, scale, seeds, other_seeds, extra_seeds); record = begin('gradient', runs)
