@@ -34,7 +34,7 @@ unexport JUPYTER_PATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser lab export notebooks readme pretrain reproduce bench clean
+.PHONY: help setup demo test test-browser site lab export notebooks readme pretrain reproduce bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,11 @@ test: $(STAMP) ## run every check; ends with "N passed, M failed" (ARGS="--only 
 
 test-browser: $(STAMP) ## run 03_train and explore in JupyterLab in a browser (needs Chromium: apt install chromium)
 	$(BIN)/python tools/browser_test.py $(ARGS)
+
+# Written anew each time: what Sphinx keeps from an earlier build does not know that the navigation has changed.
+site: $(STAMP) ## write the notebooks as a static site to read and search: out/site/index.html
+	@rm -rf out/site
+	$(BIN)/sphinx-build --quiet --fail-on-warning --jobs auto --conf-dir tools/site nbs out/site
 
 lab: $(STAMP) ## open JupyterLab on the notebooks (NB=nbs/03_train.ipynb opens that one)
 	$(BIN)/jupyter lab $(if $(filter command line environment,$(origin NB)),$(NB),nbs/index.ipynb) $(ARGS)
