@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_WORDS', 'WITHOUT_FILES', 'BENCHMARKS', 'LazyImage', 'Images', 'check_caption', 'Builder', 'file_image',
-           'require_files', 'read_json_file', 'hub_rows', 'row_image', 'rows_with_images', 'Benchmark', 'benchmark',
-           'open_benchmark']
+           'require_files', 'hub_rows', 'row_image', 'rows_with_images', 'Benchmark', 'benchmark', 'open_benchmark']
 
 # %% ../nbs/04a_reader.ipynb #0edeec73
-import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,76 +16,88 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .pairs import file_below, BadItem, DataError, Intake, listing, need, to_rgb
 from .experiment import data_folder
+from sdsclip_nb.pairs import (
+    BadItem, DataError, decoding, file_below, Intake, listing, need, read_json_file, read_rgb,
+    to_rgb)
 from .record import Missing, MissingError
 from .suite import Suite
 
 # %% ../nbs/04a_reader.ipynb #5dbdaa6f
 @dataclass(frozen=True)
 class LazyImage:
-    "One picture, unopened."
+    "One image, unopened."
     name:str                # as the source calls it
     path:Path|None=None     # its file
     box:tuple|None=None     # (left, upper, right, lower) in pixels: only this part
     open:Callable|None=None # instead of a file: gives a PIL image
 
 class Images:
-    "Pictures, opened when asked for."
+    "Images, opened when asked for."
     def __init__(self,
-                 pictures:list,        # of `LazyImage`
-                 on_error:str='raise', # 'raise' on a broken picture, or 'skip': scorers put it down in `bad`
+                 lazy_images:list,     # of `LazyImage`
+                 on_error:str='raise', # on a broken image; with 'skip' scorers list it in `bad`
                 ):
-        self.pictures, self.on_error, self.bad = list(pictures), on_error, {}
+        self.lazy_images, self.on_error, self.bad = list(lazy_images), on_error, {}
 
-    def __len__(self): return len(self.pictures)
+    def __len__(self): return len(self.lazy_images)
 
     @property
-    def names(self): return [p.name for p in self.pictures]
-
-    def __getitem__(self, i:int) -> Image.Image: # RGB
-        p = self.pictures[i]
-        try:
-            if p.path is None: return to_rgb(p.open())
-            with Image.open(p.path) as im: return _crop(to_rgb(im), p.box)
-        except BadItem as e: raise DataError(f'{p.path or p.name}: {e}') from None
-        except Exception as e:  # Pillow's decoders raise a dozen kinds on broken files
-            raise DataError(f'{p.path or p.name}: the image cannot be read ({getattr(e, "strerror", None) or e}). '
-                            "Fetch it again, or leave its items out, listed in the result: on_error='skip'.") from e
+    def names(self) -> list[str]: return [lazy.name for lazy in self.lazy_images]
 
 # %% ../nbs/04a_reader.ipynb #82725e03
-def _crop(im, box):
-    "The part of a picture inside a box."
-    if box is None: return im
-    l, u, r, d = max(0, box[0]), max(0, box[1]), min(im.width, box[2]), min(im.height, box[3])
-    if r <= l or d <= u: raise BadItem(f'the box {box} has no area on a picture of {im.size}. Correct or remove the item.')
-    return im.crop((l, u, r, d))
+def _crop(image, box):
+    "The part of an image inside a box."
+    if box is None: return image
+    left, upper = max(0, box[0]), max(0, box[1])
+    right, lower = min(image.width, box[2]), min(image.height, box[3])
+    if right > left and lower > upper: return image.crop((left, upper, right, lower))
+    cure = 'Correct or remove the item.'
+    raise BadItem(f'the box {box} has no area on an image of {image.size}. {cure}')
 
 @patch
+def __getitem__(self:Images, i:int) -> Image.Image: # RGB
+    lazy = self.lazy_images[i]
+    try:
+        if lazy.path is not None: return _crop(read_rgb(lazy.path), lazy.box)
+        with decoding(): return _crop(to_rgb(lazy.open()), lazy.box)
+    except BadItem as e:
+        hint = "Or leave its items out, listed in the result: on_error='skip'."
+        raise DataError(f'{lazy.path or lazy.name}: {e} {hint}') from e
+
+# %% ../nbs/04a_reader.ipynb #7badd25d
+@patch
 def key(self:Images,
-        i:int,           # number of the picture
-       ) -> bytes:       # 16 bytes
+        i:int,      # number of the image
+       ) -> bytes:  # 16 bytes
     "A name for exactly these pixels, without decoding where there is a file."
-    p = self.pictures[i]; h = blake2b(digest_size=16)
-    if p.path is None: im = self[i]; h.update(repr(im.size).encode() + im.tobytes())
+    lazy, digest = self.lazy_images[i], blake2b(digest_size=16)
+    if lazy.path is None:
+        image = self[i]
+        digest.update(repr(image.size).encode() + image.tobytes())
     else:
-        try: h.update(p.path.read_bytes())
-        except OSError as e: raise DataError(f'{p.path}: the image cannot be read ({e.strerror}). Fetch it again.') from None
-    h.update(repr(p.box).encode())
-    return h.digest()
+        try: digest.update(lazy.path.read_bytes())
+        except OSError as e:
+            reason = f'the image cannot be read ({e.strerror}). Fetch it again.'
+            raise DataError(f'{lazy.path}: {reason}') from None
+    digest.update(repr(lazy.box).encode())
+    return digest.digest()
 
 # %% ../nbs/04a_reader.ipynb #bed0c079
-MAX_WORDS = 75  # of a caption: every word takes at least one of CLIP's 77 tokens, two go to start and end
+MAX_WORDS = 75  # of a caption: each takes at least one of CLIP's 77 tokens, two go to start and end
 
-def check_caption(text) -> str: # without space around it
-    "The caption, or what is wrong with it."
+def check_caption(text      # as annotated
+                 ) -> str:  # without space around it
+    "The caption. Raises `BadItem` if it is empty, no text, or longer than CLIP reads."
     if not isinstance(text, str) or not text.strip():
         raise BadItem(f'a caption is {text!r}: empty or not text. Fill it in, or remove the item.')
     words = len(text.split())
     if words > MAX_WORDS:
-        raise BadItem(f'a caption has {words} words ({text[:30]!r}...); CLIP reads {MAX_WORDS} at most. Shorten it, or remove the item.')
+        cure = f'CLIP reads {MAX_WORDS} at most. Shorten it, or remove the item.'
+        raise BadItem(f'a caption has {words} words ({text[:30]!r}...); {cure}')
     return text.strip()
 
+# %% ../nbs/04a_reader.ipynb #fc32cf39
 class Builder(Intake):
     "Collects the items of a suite; faults are raised, or with on_error='skip' listed in `skipped`."
     def __init__(self,
@@ -99,160 +108,179 @@ class Builder(Intake):
                  same_options:bool=False, # may two options of an item have the same words?
                 ):
         super().__init__(root, on_error)
-        self.name, self.metric, self.same_options, self.notes, self.templates = name, metric, same_options, [], None
-        self._pictures, self._captions, self._listings = {}, {}, {}
+        self.name, self.metric, self.same_options = name, metric, same_options
+        self.notes, self.templates = [], None  # as in `Suite`
+        # LazyImage -> its number, caption -> its number, folder -> its Listing
+        self._images, self._captions, self._listings = {}, {}, {}
 
 # %% ../nbs/04a_reader.ipynb #299a7cc0
-def file_image(builder, image, folder, box=None):
-    "A `LazyImage` of a file below `root/folder`, or as given."
+def file_image(builder:Builder,
+               image,         # `LazyImage`, or a file name
+               folder:str,    # below the root, where file names have to be
+               box:tuple|None=None, # only this part of the file
+              ) -> LazyImage:
+    "An image as given, or of a file below `root/folder`. Raises `BadItem` if it is not there."
     if isinstance(image, LazyImage): return image
-    if folder not in builder._listings: builder._listings[folder] = listing(Path(builder.root), folder)
-    path = file_below(image, builder._listings[folder])
-    return LazyImage(str(image), Path(builder.root)/path, box)
+    root = Path(builder.root)
+    if folder not in builder._listings: builder._listings[folder] = listing(root, folder)
+    return LazyImage(str(image), root/file_below(image, builder._listings[folder]), box)
 
-def _place(table, key):
-    "The number of `key` in a table of distinct things."
-    return table.setdefault(key, len(table))
+# %% ../nbs/04a_reader.ipynb #303d0255
+def _numbers(table, things):
+    "The number of each thing in a table of distinct things, which takes in new ones."
+    return [table.setdefault(thing, len(table)) for thing in things]
 
+# %% ../nbs/04a_reader.ipynb #af88a9d6
 @patch
 def add(self:Builder,
-        where:str,         # how the item can be found again: file and entry
-        id,                # unique in the suite
-        images:list,       # one or two: `LazyImage`s, or file names
-        captions:list,     # options
-        label=0,           # option that is right, or several (of picture 0; with two pictures the other is of picture 1)
-        tags=(),           # kinds of item, of str
-        folder:str='',     # where file names have to be, below the root
-        box:tuple|None=None, # (left, upper, right, lower): only this part of the picture
-        group=None,        # items of one group are not independent; None: those that share a picture
+        where:str,             # how the item can be found again: file and entry
+        id,                    # unique in the suite
+        images:list,           # one or two: `LazyImage`s, or file names
+        captions:list,         # options
+        label=0,               # right option, or several, of image 0; the other is of image 1
+        tags=(),               # kinds of item, of str
+        folder:str='',         # where file names have to be, below the root
+        box:tuple|None=None,   # (left, upper, right, lower): only this part of the image
+        group=None,            # of items that are not independent; None: those that share an image
         macros:dict|None=None, # name -> class of this item
         joint:dict|None=None,  # name -> set of this item
        ):
     "Take in one item."
     with self.trying(where):
         if str(id) in self.ids: raise BadItem(f'the id {id} comes twice. Keep one of the entries.')
-        captions = [check_caption(c) for c in captions]
+        captions = [check_caption(caption) for caption in captions]
         if not self.same_options and len(set(captions)) < len(captions):
-            raise BadItem(f'two options have the same words ({captions[0][:40]!r}). Correct or remove the item.')
-        pictures = [file_image(self, im, folder, box) for im in images]
-        self.ids.add(str(id))  # only now: a faulty entry must not make a good one with its id a double
-        self.items.append(dict(id=str(id), images=[_place(self._pictures, p) for p in pictures],
-                               captions=[_place(self._captions, c) for c in captions], label=label, group=group,
-                               tags='|'.join(str(t).replace('|', '/') for t in tags), macros=macros or {}, joint=joint or {}))
+            text = captions[0][:40]
+            cure = 'Correct or remove the item.'
+            raise BadItem(f'two options have the same words ({text!r}). {cure}')
+        images = [file_image(self, image, folder, box) for image in images]
+        self.ids.add(str(id))  # only now: a faulty entry must not forbid a good one its id
+        images, captions = _numbers(self._images, images), _numbers(self._captions, captions)
+        tags = '|'.join(str(tag).replace('|', '/') for tag in tags)
+        self.items.append(dict(id=str(id), images=images, captions=captions, label=label, tags=tags,
+                               group=group, macros=macros or {}, joint=joint or {}))
 
 # %% ../nbs/04a_reader.ipynb #6d949874
 def _columns(items, key):
     "name -> (items,) str, from the dictionaries of the items; '' where an item has none."
-    names = dict.fromkeys(k for it in items for k in it[key])
-    return {k: np.array([str(it[key].get(k, '')) for it in items]) for k in names}
+    names = dict.fromkeys(name for item in items for name in item[key])
+    return {name: np.array([str(item[key].get(name, '')) for item in items]) for name in names}
 
 def _padded(rows):
     "(items, longest) int32, -1 where a row is shorter."
     out = np.full((len(rows), max(map(len, rows))), -1, np.int32)
-    for i, r in enumerate(rows): out[i, :len(r)] = r
+    for i, row in enumerate(rows): out[i, :len(row)] = row
     return out
+
+# %% ../nbs/04a_reader.ipynb #a82385f5
+def _indices(builder, items):
+    "Images and options of the items, (items, 1 or 2) and (items, options)."
+    images, captions = (_padded([item[key] for item in items]) for key in ('images', 'captions'))
+    options_differ = builder.metric != 'retrieval' and (captions < 0).any()
+    if not options_differ and not (images < 0).any(): return images, captions
+    what = f'the items of {builder.name} differ in the number of images or options'
+    raise DataError(f'{builder.root}: {what}. Load the kinds one by one.')
 
 @patch
 def suite(self:Builder) -> Suite:
-    "The suite of the items taken in. Raises `DataError` when there is none, or when options differ in number."
-    it = self.items
-    if not it:
+    "The suite of the items taken in. Raises `DataError` if there is none, or if they differ."
+    items = self.items
+    if not items:
         left = self.skipped[:3] or 'none, the files are empty'
         raise DataError(f'{self.root}: no item of {self.name} can be used. Left out: {left}')
-    image_index, caption_index = _padded([i['images'] for i in it]), _padded([i['captions'] for i in it])
-    if (image_index < 0).any() or (self.metric != 'retrieval' and (caption_index < 0).any()):
-        raise DataError(f'{self.root}: the items of {self.name} differ in the number of pictures or options. Load the kinds one by one.')
-    group = None if it[0]['group'] is None else np.array([str(i['group']) for i in it])
-    return Suite(self.name, self.metric, Images(self._pictures, self.on_error), list(self._captions), image_index, caption_index,
-                 np.array([i['label'] for i in it]), np.array([i['tags'] for i in it]), ids=[i['id'] for i in it], group=group,
-                 macros=_columns(it, 'macros'), joint=_columns(it, 'joint'), templates=self.templates, skipped=self.skipped,
-                 notes=self.notes)
+    image_index, caption_index = _indices(self, items)
+    grouped = items[0]['group'] is not None
+    return Suite(
+        self.name, self.metric, Images(self._images, self.on_error), list(self._captions),
+        image_index, caption_index, label=np.array([item['label'] for item in items]),
+        tags=np.array([item['tags'] for item in items]), ids=[item['id'] for item in items],
+        group=np.array([str(item['group']) for item in items]) if grouped else None,
+        macros=_columns(items, 'macros'), joint=_columns(items, 'joint'),
+        templates=self.templates, skipped=self.skipped, notes=self.notes)
 
 # %% ../nbs/04a_reader.ipynb #740e1333
-WITHOUT_FILES = "load_benchmark('mini-winoground'), and the other suites of the mini world"  # they are drawn, not read
+# The mini world's suites are drawn, not read.
+WITHOUT_FILES = "load_benchmark('mini-winoground'), and the other suites of the mini world"
 
 def require_files(name:str,    # of the benchmark
                   root:Path,   # its folder
                   files:dict,  # pattern below the folder -> where it comes from
                  ):
     "Raise `MissingError` that names every file that is not there."
-    lacking = [Missing(f'{name}: {root/pattern}', source, str(root)) for pattern, source in files.items() if not any(root.glob(pattern))]
-    if lacking:
-        raise MissingError('\n'.join([f'{name} cannot be loaded; {len(lacking)} missing:', *(f'{i}. {m}' for i, m in enumerate(lacking, 1)),
-                                      f'What works now: {WITHOUT_FILES}']))
+    lacking = [Missing(f'{name}: {root/pattern}', source, str(root))
+               for pattern, source in files.items() if not any(root.glob(pattern))]
+    if not lacking: return
+    lines = [f'{i}. {missing}' for i, missing in enumerate(lacking, 1)]
+    raise MissingError('\n'.join([f'{name} cannot be loaded; {len(lacking)} missing:', *lines,
+                                  f'What works now: {WITHOUT_FILES}']))
 
-def read_json_file(path:Path, # any JSON
-                   kind:type=list, # what it must hold: list or dict
-                  ):
-    "A whole JSON file (or JSON lines, by its ending). Raises `DataError`: without it nothing can be read."
-    def twice(pairs):
-        keys = [k for k, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise DataError(f'{path}: the key {Counter(keys).most_common(1)[0][0]!r} comes twice. Keep one of the entries.')
-        return dict(pairs)
-    try:
-        text = path.read_text('utf-8-sig')
-        if path.suffix == '.jsonl': data = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else: data = json.loads(text, object_pairs_hook=twice)
-    except DataError: raise
-    except ValueError as e:
-        raise DataError(f'{path} is not JSON ({e}). It may be cut short, or a web page saved in its place: fetch it again.') from None
-    if not isinstance(data, kind): raise DataError(f'{path} holds a {type(data).__name__}, not a {kind.__name__}. Is this the right file?')
-    return data
+# %% ../nbs/04a_reader.ipynb #5a0853a0
+def _hub_error(name, repo, root, error):
+    "The error that says what to do when a data set does not open."
+    if root is not None:
+        cure = 'Fetch it again, or give another root.'
+        return DataError(f'{name}: {root} does not open as a data set ({error}). {cure}')
+    kind, text = type(error).__name__, ' '.join(str(error).split())[:120]
+    gated = kind in ('GatedRepoError', 'DatasetNotFoundError') or 'gated' in str(error).lower()
+    accept = f'accept its conditions on its hub page, {repo}, then run `hf auth login`'
+    copy = 'On a machine without one, copy the set and give its folder as root.'
+    cure = f'If the set is gated: {accept}.' if gated else f'Is there a network? {copy}'
+    return MissingError(f'{name}: the hub does not give {repo} ({kind}: {text}). {cure}\n'
+                        f'What works now: {WITHOUT_FILES}')
 
 # %% ../nbs/04a_reader.ipynb #96d4d762
-def hub_rows(name:str,           # of the benchmark
-             repo:str,           # its hub id
-             split:str,          # e.g. 'test'
-             root:Path|None=None, # a folder with a copy; None or absent: the hub
-             columns:tuple=(),   # that must be there
-            ):                   # datasets.Dataset
-    "The rows of a hub data set."
+def _open_set(name, repo, split, root):
+    "All of a hub data set, or a split of it, from a local copy or the hub."
     import datasets
     local = root is not None and root.is_dir()
+    saved = local and any((root/f'dataset_{kind}.json').is_file() for kind in ('info', 'dict'))
     try:
-        saved = local and any((root/f'dataset_{x}.json').is_file() for x in ('info', 'dict'))
-        if saved: rows = datasets.load_from_disk(str(root))
-        else: rows = datasets.load_dataset(str(root) if local else repo, split=split)
+        if saved: return datasets.load_from_disk(str(root))
+        return datasets.load_dataset(str(root) if local else repo, split=split)
     except Exception as e: raise _hub_error(name, repo, root if local else None, e) from e
-    if isinstance(rows, datasets.DatasetDict):
-        if split not in rows: raise DataError(f'{name}: {root or repo} has no split {split!r}, only {", ".join(rows)}.')
+
+def hub_rows(name:str,            # of the benchmark
+             repo:str,            # its hub id
+             split:str,           # e.g. 'test'
+             root:Path|None=None, # a folder with a copy; None or absent: the hub
+             columns:tuple=(),    # that must be there
+            ):                    # datasets.Dataset
+    "The rows of a hub data set. Raises `MissingError` or `DataError`, with what to do."
+    rows, place = _open_set(name, repo, split, root), root or repo
+    if isinstance(rows, dict):
+        if split not in rows:
+            raise DataError(f'{name}: {place} has no split {split!r}, only {", ".join(rows)}.')
         rows = rows[split]
-    lacking = [c for c in columns if c not in rows.column_names]
-    if lacking:
-        raise DataError(f'{name}: {root or repo} lacks the columns {", ".join(lacking)} (there: {", ".join(rows.column_names)}). '
+    if lacking := [column for column in columns if column not in rows.column_names]:
+        there = ', '.join(rows.column_names)
+        raise DataError(f'{name}: {place} lacks the columns {", ".join(lacking)} (there: {there}). '
                         'Is this the right data set?')
     return rows
 
-def _hub_error(name, repo, root, e):
-    "The error that says what to do when a data set does not open."
-    if root is not None: return DataError(f'{name}: {root} does not open as a data set ({e}). Fetch it again, or give another root.')
-    gated = type(e).__name__ in ('GatedRepoError', 'DatasetNotFoundError') or 'gated' in str(e).lower()
-    cure = (f'If the set is gated: accept its conditions on its hub page, {repo}, then run `hf auth login`.' if gated else
-            'Is there a network? On a machine without one, copy the set and give its folder as root.')
-    said = ' '.join(str(e).split())[:120]
-    return MissingError(f'{name}: the hub does not give {repo} ({type(e).__name__}: {said}). {cure}\n'
-                        f'What works now: {WITHOUT_FILES}')
-
 # %% ../nbs/04a_reader.ipynb #25c828c2
-def row_image(rows, column, i, name=None):
-    "The picture in one cell of a data set, decoded when opened."
+def row_image(rows,          # datasets.Dataset
+              column:str,
+              i:int,         # number of the row
+              name:str|None=None, # None: row and column
+             ) -> LazyImage:
+    "The image in one cell of a data set, decoded when opened."
     return LazyImage(name or f'{i}/{column}', open=lambda: rows[i][column])
 
-# %% ../nbs/04a_reader.ipynb #2ea0e13f
-def rows_with_images(rows,         # datasets.Dataset
-                   columns:tuple # that hold pictures
-                  ):             # gives a dict a row
-    "The rows, with a `LazyImage` in each picture column: the same one wherever the same bytes come again; None where a cell is empty."
+# %% ../nbs/04a_reader.ipynb #8f4c3c27
+def rows_with_images(rows,          # datasets.Dataset
+                     columns:tuple, # that hold images
+                    ):              # yields a dict a row
+    "The rows, with a `LazyImage` in each image column, one for equal bytes; None in an empty cell."
     import datasets
-    cells, known, raw = {c: rows.select_columns([c]) for c in columns}, {}, rows
-    for c in columns: raw = raw.cast_column(c, datasets.Image(decode=False))
+    cells, known, raw = {column: rows.select_columns([column]) for column in columns}, {}, rows
+    for column in columns: raw = raw.cast_column(column, datasets.Image(decode=False))
     for i, row in enumerate(raw):
-        for c in columns:
-            if row[c] is None: continue
-            key = blake2b(row[c]['bytes'] or str(row[c]['path']).encode(), digest_size=16).digest()
-            if key not in known: known[key] = row_image(cells[c], c, i)
-            row[c] = known[key]
+        for column in columns:
+            if row[column] is None: continue
+            content = row[column]['bytes'] or str(row[column]['path']).encode()
+            key = blake2b(content, digest_size=16).digest()
+            if key not in known: known[key] = row_image(cells[column], column, i)
+            row[column] = known[key]
         yield row
 
 # %% ../nbs/04a_reader.ipynb #0d0e515a
@@ -263,11 +291,12 @@ class Benchmark:
     load:Callable     # load(root, on_error, **options) -> Suite
     asks:str          # what it tests, in a few words
     source:str        # where it comes from: authors, hub id or site
-    files:dict        # pattern below its folder -> what it is and where it comes from; {} if it needs none
+    files:dict        # pattern below its folder -> what it is and where it comes from; {}: none
     folder:str|None=None  # below data/; None: its name
 
 BENCHMARKS:dict[str, Benchmark] = {}
 
+# %% ../nbs/04a_reader.ipynb #735e2a4d
 def benchmark(name:str,      # as users call it
               asks:str,      # what it tests
               source:str,    # where it comes from
@@ -280,14 +309,16 @@ def benchmark(name:str,      # as users call it
         return load
     return register
 
+# %% ../nbs/04a_reader.ipynb #ed844ef4
 def open_benchmark(name:str,              # a key of `BENCHMARKS`
                    root=None,             # its folder; None: data/<its folder>
-                   on_error:str='raise',  # or 'skip': bad items are left out and listed in `skipped`
+                   on_error:str='raise',  # or 'skip': bad items are left out and listed
                    **options,             # of the loader
                   ) -> Suite:
     "Check that the files are there, and load."
-    if name not in BENCHMARKS: raise ValueError(f'benchmark {name!r} is unknown: choose one of {", ".join(BENCHMARKS)}')
-    b = BENCHMARKS[name]
-    root = data_folder(b.folder or name, root)
-    if b.files: require_files(name, root, b.files)
-    return b.load(root, on_error, **options)
+    if name not in BENCHMARKS:
+        raise ValueError(f'benchmark {name!r} is unknown: choose one of {", ".join(BENCHMARKS)}')
+    entry = BENCHMARKS[name]
+    root = data_folder(entry.folder or name, root)
+    if entry.files: require_files(name, root, entry.files)
+    return entry.load(root, on_error, **options)
