@@ -65,7 +65,7 @@ demo: $(STAMP) ## run the main job: fine-tune a small CLIP with a diffusion teac
 test: $(STAMP) ## run every check; ends with "N passed, M failed" (ARGS="--only lint")
 	@$(BIN)/python tools/check.py $(ARGS)
 
-test-browser: $(STAMP) ## run 03_train and explore in JupyterLab in a browser (needs Chromium: apt install chromium)
+test-browser: $(STAMP) ## run 03_train and explore in JupyterLab, and read the site, in a browser (apt install chromium)
 	$(BIN)/python tools/browser_test.py $(ARGS)
 
 # Written anew each time: what Sphinx keeps from an earlier build does not know that the navigation has changed.

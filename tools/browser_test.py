@@ -1,10 +1,12 @@
-"""Run notebooks as a reader does: in JupyterLab, in a browser, by Run > Run All Cells; and use the widgets.
+"""What a reader sees in a browser: notebooks run in JupyterLab, their widgets used; and the site.
 
-A JupyterLab is started on a free port of this machine, with settings of its own, and a Chromium without a window. They run copies in
-out/browser/; the notebooks in nbs/ and the user's own Jupyter settings are not touched. Pictures of what was seen go to out/browser/*.png.
-Ends with `N passed, M failed`; the exit status is 1 when any failed, 2 where something is to be installed first.
+A JupyterLab is started on a free port of this machine, with settings of its own, and a Chromium
+without a window. Copies in out/browser/ are run by Run > Run All Cells; the notebooks in nbs/ and
+the user's own Jupyter settings are not touched. The site is made anew (`make site`) and read page
+by page. Screenshots go to out/browser/*.png. Ends with `N passed, M failed`; the exit status is 1
+when any failed, 2 where something is to be installed first.
 """
-from __future__ import annotations  # where playwright is missing, its names stand in type hints only
+from __future__ import annotations  # without playwright, its names stand in type hints only
 
 import argparse
 import json
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import site_test
 
 try:
     from playwright.sync_api import Error as BrowserError
@@ -33,13 +36,14 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 OUT = ROOT / "out" / "browser"  # emptied at the start
-NOTEBOOKS = {  # name -> what its copy's parameters cell says instead, so that it takes a minute
+# What is run, and what the copy's parameters cell says instead, so that it takes a minute.
+NOTEBOOKS = {
     "03_train": dict(steps=20, n_items=40, out_dir="out/browser/run"),
     "explore": dict(),
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update"]
 WIDE, HIGH = 1280, 1000  # pixels of the browser's page
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STATE = """() => {
@@ -47,24 +51,29 @@ STATE = """() => {
   const dialog = document.querySelector('.jp-Dialog-content')?.innerText ?? '';
   if (!model?.cells || !panel.sessionContext) return {kernel: 'none', cells: [], dialog};
   const cells = Array.from({length: model.cells.length}, (_, i) => {
-    const cell = model.cells.get(i), source = cell.sharedModel.getSource().trim(), found = {mimes: [], error: ''};
+    const cell = model.cells.get(i), source = cell.sharedModel.getSource().trim();
+    const found = {mimes: [], html: '', error: ''};
     for (let k = 0; k < (cell.outputs?.length ?? 0); k++) {
-      const output = cell.outputs.get(k);
+      const output = cell.outputs.get(k), json = output.toJSON();
       found.mimes.push(...Object.keys(output.data));
-      if (output.type === 'error') { const e = output.toJSON(); found.error = e.ename + ': ' + e.evalue; }
+      found.html += output.data['text/html'] ?? '';
+      if (output.type === 'error') found.error = json.ename + ': ' + json.evalue;
     }
-    return {code: cell.type === 'code' && source !== '', ran: cell.executionCount > 0, line: source.split('\\n')[0], ...found};
+    return {code: cell.type === 'code' && source !== '', ran: cell.executionCount > 0,
+            line: source.split('\\n')[0], ...found};
   });
   return {kernel: panel.sessionContext.session?.kernel?.status ?? 'none', cells, dialog};
 }"""
-SEEN = r"e => [e.innerText, ...[...e.querySelectorAll('img')].map(image => image.src)].join('\n')"  # an element's text and pictures
+# An element's text and images.
+SEEN = r"e => [e.innerText, ...[...e.querySelectorAll('img')].map(image => image.src)].join('\n')"
 SHUT_DOWN = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()"
 SHOW = """async i => {
   const notebook = window.jupyterapp.shell.currentWidget.content;
   notebook.activeCellIndex = i;
   await notebook.scrollToItem(i, 'start');
   const output = notebook.widgets[i].outputArea.node;
-  output.scrollIntoView({block: output.offsetHeight < notebook.node.offsetHeight ? 'center' : 'start'});
+  const fits = output.offsetHeight < notebook.node.offsetHeight;
+  output.scrollIntoView({block: fits ? 'center' : 'start'});
 }"""
 
 
@@ -72,11 +81,12 @@ class TestError(Exception):
     """A check that failed, with the reason as its text."""
 
 
-# The server ----------------------------------------------------------------------------------------------------------
+# The server ---------------------------------------------------------------------------------------
 
 def environment(folder: Path) -> dict[str, str]:
     "This environment, with all that Jupyter and IPython read or write of the user's in `folder`"
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON")) and k != "IN_TEST"}
+    own = {name: value for name, value in os.environ.items()
+           if not name.startswith(("JUPYTER", "IPYTHON")) and name != "IN_TEST"}
     for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
         own[f"JUPYTER_{name}"] = str(folder / name.lower())
     for name in ("SETTINGS_DIR", "WORKSPACES_DIR"):
@@ -87,8 +97,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 def quiet_settings(folder: Path) -> None:
     "Settings of a JupyterLab that asks nobody for news"
-    path = folder / "settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    path.parent.mkdir(parents=True)
+    extension = folder / "settings_dir" / "@jupyterlab" / "apputils-extension"
+    extension.mkdir(parents=True)
+    path = extension / "notification.jupyterlab-settings"
     path.write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
 
 
@@ -103,22 +114,29 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def jupyterlab(limit: float = 120) -> Iterator[str]:
-    "A JupyterLab on the repository's root; gives its address with `{}` for what to open. Stopped at the end, kernels and all"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """A JupyterLab on the repository's root, stopped at the end, kernels and all
+
+    Gives its address with `{}` for what to open.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     token, log = secrets.token_hex(16), OUT / "jupyterlab.log"
-    options = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, allow_root=True, root_dir=ROOT)
-    command = [sys.executable, "-m", "jupyterlab", *(f"--ServerApp.{k}={v}" for k, v in options.items()),
+    options = dict(ip="127.0.0.1", port=port, port_retries=0, open_browser=False, allow_root=True,
+                   root_dir=ROOT)
+    command = [sys.executable, "-m", "jupyterlab",
+               *(f"--ServerApp.{name}={value}" for name, value in options.items()),
                f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"]
     with tempfile.TemporaryDirectory() as tmp, open(log, "w") as file:
         quiet_settings(Path(tmp))
-        server = subprocess.Popen(command, cwd=ROOT, env=environment(Path(tmp)), stdout=file, stderr=file)
+        server = subprocess.Popen(command, cwd=ROOT, env=environment(Path(tmp)), stdout=file,
+                                  stderr=file)
         try:
             end = time.time() + limit
             while not answers(f"http://127.0.0.1:{port}/api/status?token={token}"):
                 if server.poll() is not None or time.time() > end:
-                    raise TestError(f"JupyterLab did not start within {limit:.0f} s; its last words:\n{log.read_text()[-1500:]}")
+                    last = log.read_text()[-1500:]
+                    raise TestError(f"JupyterLab did not start within {limit:.0f} s:\n{last}")
                 time.sleep(.3)
             yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"
         finally:
@@ -129,21 +147,31 @@ def jupyterlab(limit: float = 120) -> Iterator[str]:
                 server.kill()
 
 
-# A notebook in the browser -------------------------------------------------------------------------------------------
+# A notebook in the browser ------------------------------------------------------------------------
 
-def copy_of(name: str, parameters: dict) -> Path:
-    "A copy without outputs of nbs/NAME.ipynb in out/browser/, with other values in its parameters cell; relative to the root"
-    nb = nbformat.read(NBS / f"{name}.ipynb", as_version=4)
-    for cell in nb.cells:
+def with_values(source: str, values: dict) -> str:
+    "A parameters cell with other values"
+    for name, value in values.items():
+        line = f"{name} = {value!r} "
+        source, count = re.subn(rf"^{name} *=[^#\n]*", line, source, flags=re.MULTILINE)
+        if count != 1:
+            raise TestError(f"the parameters cell has no line `{name} = ...`")
+    return source
+
+
+def copy_of(name: str, values: dict) -> Path:
+    """A copy without outputs of nbs/NAME.ipynb in out/browser/, as a path relative to the root
+
+    `values` stand in its parameters cell instead of what is there.
+    """
+    notebook = nbformat.read(NBS / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if "parameters" in cell.metadata.get("tags", []):
-            for key, value in parameters.items():
-                cell.source, n = re.subn(rf"^{key} *=[^#\n]*", f"{key} = {value!r} ", cell.source, flags=re.MULTILINE)
-                if n != 1:
-                    raise TestError(f"{name}.ipynb has no parameter {key}")
+            cell.source = with_values(cell.source, values)
     path = OUT / f"{name}.ipynb"
-    nbformat.write(nb, path)
+    nbformat.write(notebook, path)
     return path.relative_to(ROOT)
 
 
@@ -158,7 +186,8 @@ class Notebook:
     def __init__(self, page: Page, address: str, path: Path):
         self.page, self.name = page, path.name
         page.goto(address.format(path.as_posix()))
-        self.wait(lambda s: s["cells"] and s["kernel"] == "idle", 120, lambda s: f"{self.name}: its kernel is {s['kernel']} after 120 s")
+        self.wait(lambda state: state["cells"] and state["kernel"] == "idle", 120,
+                  lambda state: f"{self.name}: its kernel is {state['kernel']} after 120 s")
         page.evaluate("window.jupyterapp.shell.collapseLeft()")  # room for the notebook
 
     def state(self) -> dict:
@@ -166,7 +195,10 @@ class Notebook:
         return self.page.evaluate(STATE)
 
     def wait(self, done: Callable[[dict], bool], limit: float, late: Callable[[dict], str]) -> dict:
-        "Wait until `done`, and a moment later still `done`; a dead kernel or a cell's error ends it at once"
+        """Wait until `done`, and a moment later still `done`
+
+        A dead kernel or a cell's error ends it at once.
+        """
         end, before = time.time() + limit, False
         while True:
             state = self.state()
@@ -184,15 +216,17 @@ class Notebook:
         for number, cell in enumerate(state["cells"]):
             if cell["error"]:
                 raise TestError(f"{self.name}, {title(number, cell)}: {cell['error'][:300]}")
-        said = " ".join(state["dialog"].split()) or state["kernel"] * (state["kernel"] in ("dead", "autorestarting"))
-        if said:  # JupyterLab asks only when something is wrong: a kernel that died, a file changed by another
+        dead = state["kernel"] if state["kernel"] in ("dead", "autorestarting") else ""
+        # JupyterLab asks only when something is wrong: a kernel died, another changed the file.
+        said = " ".join(state["dialog"].split()) or dead
+        if said:
             raise TestError(f"{self.name}, {self.at(state)}: {said}")
 
     @staticmethod
     def at(state: dict) -> str:
         "The first cell that has not run, else the last"
-        number, cell = next(iter(unfinished(state)), (len(state["cells"]) - 1, (state["cells"] or [dict(line="")])[-1]))
-        return title(number, cell)
+        cells = list(enumerate(state["cells"])) or [(0, dict(line=""))]
+        return title(*(unfinished(state) or cells[-1:])[0])
 
     def menu(self, *names: str) -> None:
         "Click through the menus"
@@ -202,15 +236,16 @@ class Notebook:
     def run_all(self, limit: float) -> dict:
         "Run > Run All Cells, and wait until all have run"
         self.menu("Run", "Run All Cells")
-        return self.wait(lambda s: s["kernel"] == "idle" and not unfinished(s), limit,
-                         lambda s: f"{self.name}, {self.at(s)}: not done after {limit:.0f} s (--limit)")
+        late = f"not done after {limit:.0f} s (--limit)"
+        return self.wait(lambda state: state["kernel"] == "idle" and not unfinished(state), limit,
+                         lambda state: f"{self.name}, {self.at(state)}: {late}")
 
     def show(self, number: int) -> None:
         "Scroll to the output of cell `number`"
         self.page.evaluate(SHOW, number)
         self.page.wait_for_timeout(1500)  # what has come into sight is drawn
 
-    def picture(self, number: int, suffix: str = "") -> str:
+    def screenshot(self, number: int, suffix: str = "") -> str:
         "A screenshot of what cell `number` shows"
         self.show(number)
         file = OUT / f"{Path(self.name).stem}{suffix}.png"
@@ -220,24 +255,42 @@ class Notebook:
 
 def unfinished(state: dict) -> list[tuple[int, dict]]:
     "The code cells that have not run, with their numbers"
-    return [(i, c) for i, c in enumerate(state["cells"]) if c["code"] and not c["ran"]]
+    cells = enumerate(state["cells"])
+    return [(number, cell) for number, cell in cells if cell["code"] and not cell["ran"]]
 
 
 def with_output(state: dict, mime: str) -> list[int]:
     "The numbers of the cells that show a `mime`"
-    return [i for i, c in enumerate(state["cells"]) if mime in c["mimes"]]
+    return [number for number, cell in enumerate(state["cells"]) if mime in cell["mimes"]]
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------
 
 def run_notebook(page: Page, address: str, name: str, limit: float) -> tuple[Notebook, str]:
-    "Open a copy, run all cells, take a picture of the last one drawn; what came out in a few words"
+    "Open a copy, run all cells, take a screenshot of the last plot; what came out in a few words"
     notebook = Notebook(page, address, copy_of(name, NOTEBOOKS[name]))
     state = notebook.run_all(limit)
-    cells, drawn = sum(c["code"] for c in state["cells"]), with_output(state, "image/png")
+    cells = sum(cell["code"] for cell in state["cells"])
+    drawn = with_output(state, "image/png")
     if not drawn:
-        raise TestError(f"{notebook.name}: no cell shows a picture")
-    return notebook, f"{cells} code cells, {len(drawn)} with a picture: {notebook.picture(drawn[-1])}"
+        raise TestError(f"{notebook.name}: no cell shows a plot")
+    file = notebook.screenshot(drawn[-1])
+    return notebook, f"{cells} code cells, {len(drawn)} with a plot: {file}"
+
+
+def main_job(notebook: Notebook, limit: float) -> str:
+    "What every main job leaves: curves of each step, a table of before and after, a saved student"
+    tables = [cell["html"] for cell in notebook.state()["cells"] if "<table" in cell["html"]]
+    if not any("before" in table and "after" in table for table in tables):
+        raise TestError(f"{notebook.name}: none of its {len(tables)} tables has before and after")
+    values = NOTEBOOKS["03_train"]
+    folder = ROOT / values["out_dir"]
+    steps = len((folder / "history.csv").read_text().splitlines()) - 1
+    if steps != values["steps"]:
+        raise TestError(f"{notebook.name}: {steps} steps in {folder}/history.csv")
+    if not list(folder.glob("student/*.safetensors")):
+        raise TestError(f"{notebook.name}: no weights in {folder}/student")
+    return f"{steps} steps, {len(tables)} tables, a student in {values['out_dir']}"
 
 
 def widgets_of(notebook: Notebook) -> Locator:
@@ -246,13 +299,14 @@ def widgets_of(notebook: Notebook) -> Locator:
     if not cells:
         raise TestError(f"{notebook.name}: no cell shows a widget")
     notebook.show(cells[-1])
-    area = notebook.page.locator(".jp-Cell-outputArea").filter(has=notebook.page.locator(".widget-dropdown")).last
+    dropdown = notebook.page.locator(".widget-dropdown")
+    area = notebook.page.locator(".jp-Cell-outputArea").filter(has=dropdown).last
     expect(area.locator(".widget-text input").last).to_be_visible(timeout=30_000)
     return area
 
 
 def changed(notebook: Notebook, area: Locator, before: str, what: str, limit: float) -> str:
-    "Wait until the widgets' output is another than `before`, and still the same a second later"
+    "Wait until the widgets' output is another than `before`, and the same a second later"
     end, last = time.time() + limit, before
     while True:
         now = area.evaluate(SEEN)
@@ -260,20 +314,22 @@ def changed(notebook: Notebook, area: Locator, before: str, what: str, limit: fl
             notebook.check(notebook.state())
             return now
         if time.time() > end:
-            raise TestError(f"{notebook.name}: {what}, and the output did not change within {limit:.0f} s")
+            raise TestError(f"{notebook.name}: {what}, and the output did not change within "
+                            f"{limit:.0f} s")
         last = now
         notebook.page.wait_for_timeout(1000)
 
 
 def choose_another(notebook: Notebook, limit: float) -> str:
-    "Choose another value in the first drop-down: text and picture of the answer change"
+    "Choose another value in the first drop-down: text and image of the answer change"
     area = widgets_of(notebook)
-    before, select = area.evaluate(SEEN), area.locator(".widget-dropdown select").first
+    before = area.evaluate(SEEN)
+    select = area.locator(".widget-dropdown select").first
     old, values = select.input_value(), select.locator("option").all_inner_texts()
-    new = next(v for v in reversed(values) if v != old)
+    new = next(value for value in reversed(values) if value != old)
     select.select_option(new)
     changed(notebook, area, before, f"{new!r} was chosen instead of {old!r}", limit)
-    file = notebook.picture(with_output(notebook.state(), WIDGET)[-1], "-widgets")
+    file = notebook.screenshot(with_output(notebook.state(), WIDGET)[-1], "-widgets")
     return f"{old} -> {new}: {file}"
 
 
@@ -287,7 +343,7 @@ def empty_caption(notebook: Notebook, limit: float) -> str:
     now = changed(notebook, area, before, "the last text was emptied", limit)
     words = next((line for line in now.splitlines() if "empty" in line), None)
     if words is None or "Traceback" in now:
-        raise TestError(f"{notebook.name}: the answer to an empty text does not say that it is empty: {now[-300:]!r}")
+        raise TestError(f"{notebook.name}: the answer to an empty text is {now[-300:]!r}")
     text.fill(old)
     text.press("Enter")
     changed(notebook, area, now, "the last text was filled again", limit)
@@ -305,7 +361,7 @@ class Report:
         start = time.time()
         try:
             result = work(*args)
-        except (TestError, BrowserError, OSError) as error:
+        except (TestError, site_test.SiteError, BrowserError, OSError) as error:
             self.failed += 1
             print(f"FAILED {name}: {error}", flush=True)
             return None
@@ -315,32 +371,72 @@ class Report:
         return result
 
 
-def test(page: Page, address: str, name: str, limit: float, report: Report) -> None:
+# The checks of a notebook, after it has run.
+AFTER = {
+    "03_train": {"curves, a table and a student": main_job},
+    "explore": {"another value chosen": choose_another, "an empty caption": empty_caption},
+}
+
+
+def not_run() -> None:
+    raise TestError("the notebook did not run")
+
+
+def test_notebook(page: Page, address: str, name: str, limit: float, report: Report) -> None:
     "All checks of a notebook"
     done = report(f"{name}: Run All Cells", run_notebook, page, address, name, limit)
-    for what, work in (("another value chosen", choose_another), ("an empty caption", empty_caption)) if name == "explore" else ():
-        if done is None:
-            report.failed += 1
-            print(f"FAILED {name}: {what}: the notebook did not run", flush=True)
-        else:
-            report(f"{name}: {what}", work, done[0], min(limit, 120))
+    for what, check in AFTER[name].items():
+        work = (check, done[0], min(limit, 120)) if done else (not_run,)
+        report(f"{name}: {what}", *work)
     page.evaluate(SHUT_DOWN)  # a kernel that hangs would slow down what comes next
+
+
+def test_site(page: Page, report: Report) -> None:
+    "All checks of the site"
+    if report("site: make site", site_test.build) is None: return
+    with site_test.served() as address:
+        found = site_test.troubles(page, address)
+        for what, check in site_test.CHECKS.items():
+            report(f"site: {what}", check, page, address)
+        report("site: no trouble", site_test.quiet, found)
 
 
 def lacking(browser: str | None) -> list[str]:
     "What is to be installed first"
-    packages = [] if sync_playwright else ["the Python package playwright is not in this environment (make setup)"]
-    programs = [] if browser else ["no Chromium is in PATH (Debian: apt-get install chromium), or name one: --browser /path/to/chrome"]
-    return packages + programs
+    problems = []
+    if not sync_playwright:
+        problems.append("the Python package playwright is not in this environment (make setup)")
+    if not browser:
+        problems.append("no Chromium is in PATH (Debian: apt-get install chromium), or name one: "
+                        "--browser /path/to/chrome")
+    return problems
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*NOTEBOOKS, "site"], help="this alone")
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS",
+                        help="for all cells of a notebook (default: %(default)s)")
+    parser.add_argument("--browser", default=next(filter(None, map(shutil.which, BROWSERS)), None),
+                        metavar="PROGRAM", help="a Chromium or Chrome (default: the first of "
+                                                f"{', '.join(BROWSERS)} in PATH)")
+    return parser.parse_args()
+
+
+@contextmanager
+def new_page(browser: str) -> Iterator[Page]:
+    "A page of a browser, which is closed at the end"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=FLAGS)
+        page = chromium.new_page(viewport=dict(width=WIDE, height=HIGH))
+        page.set_default_timeout(60_000)
+        yield page
+        chromium.close()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=NOTEBOOKS, help="this notebook alone")
-    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="for all cells of a notebook (default: %(default)s)")
-    parser.add_argument("--browser", default=next(filter(None, map(shutil.which, BROWSERS)), None), metavar="PROGRAM",
-                        help=f"a Chromium or Chrome (default: the first of {', '.join(BROWSERS)} in PATH)")
-    args = parser.parse_args()
+    args = arguments()
     browser = args.browser and shutil.which(args.browser)
     if problems := lacking(browser):
         print("; ".join(problems), file=sys.stderr)
@@ -349,13 +445,14 @@ def main() -> int:
     OUT.mkdir(parents=True)
     report = Report()
     try:
-        with jupyterlab() as address, sync_playwright() as playwright:
-            chromium = playwright.chromium.launch(executable_path=browser, args=FLAGS)
-            page = chromium.new_page(viewport=dict(width=WIDE, height=HIGH))
-            page.set_default_timeout(60_000)
-            for name in [args.only] if args.only else NOTEBOOKS:
-                test(page, address, name, args.limit, report)
-            chromium.close()
+        if args.only in (None, "site"):
+            with new_page(browser) as page:
+                test_site(page, report)
+        notebooks = [name for name in NOTEBOOKS if args.only in (None, name)]
+        if notebooks:
+            with jupyterlab() as address, new_page(browser) as page:
+                for name in notebooks:
+                    test_notebook(page, address, name, args.limit, report)
     except (TestError, BrowserError) as error:  # of the server or of the browser, not of a check
         report.failed += 1
         print(f"FAILED server or browser: {error}", flush=True)

@@ -28,7 +28,7 @@ CAPTIONS = {RESULTS: "Results", "start": "Start", "": "The code, in reading orde
 # Directives of nbdev are the first lines of a cell.
 DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.MULTILINE)
 HIDDEN = re.compile(r"^\s*#\s*\|\s*(hide|default_exp)\b", re.MULTILINE)
-SILENT = re.compile(r"^\s*#\s*\|\s*echo:\s*false\b", re.MULTILINE)  # the code goes, the output stays
+SILENT = re.compile(r"^\s*#\s*\|\s*echo:\s*false\b", re.MULTILINE)  # the output stays
 # Where the target of a link to a text outside nbs/ begins.
 DOCUMENT = re.compile(r"(?<=\]\()(?=\.\./[^)\s]*\.md\))")
 # The beginning of a table's cell with a long text.
@@ -124,7 +124,7 @@ def folded(cells: list[dict]) -> list[dict]:
 # Navigation ---------------------------------------------------------------------------------------
 
 def order(pages: set[str]) -> list[str]:
-    "Rooms by their numbers; in a folder, what the tables of index.ipynb list, in their order, first"
+    "Rooms by their numbers; pages of a folder as the tables of index.ipynb list them, then others"
     tables = [line for line in prose(read("index")).splitlines() if line.startswith("|")]
 
     def key(page: str) -> tuple[int, str]:
