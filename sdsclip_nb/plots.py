@@ -49,8 +49,8 @@ MARKERS = ('o', 's', 'D', '^', 'v', 'P', 'X', '*')
 def _series_style(n):
     "What tells `n` series apart, as keywords of seaborn's pointplot."
     greys = [str(round(.65*k/max(1, n - 1), 2)) for k in range(n)]
-    return dict(markers=[MARKERS[k % len(MARKERS)] for k in range(n)], palette=greys, markersize=4.5,
-                capsize=.5/(n + 3), err_kws=dict(linewidth=1.1), linestyle='none')
+    return dict(markers=[MARKERS[k % len(MARKERS)] for k in range(n)], palette=greys,
+                markersize=4.5, capsize=.5/(n + 3), err_kws=dict(linewidth=1.1), linestyle='none')
 
 # %% ../nbs/00b_plots.ipynb #2c69ac05
 def _draw_ranges(ax, table, row, hue, rows, hues):
@@ -74,10 +74,10 @@ def _difference_axis(ax, largest):
 # %% ../nbs/00b_plots.ipynb #90bee2df
 def point_ranges(table:pd.DataFrame, # with low, high and `value` or `difference`, as shares
                  row:str,            # column: each of its values is a row of the plot
-                 hue:str,            # column: each of its values is a series, with a marker and a grey of its own
+                 hue:str,            # column: each of its values is a series, with its own marker
                  ax=None,            # matplotlib axes; None: new ones
                 ):                   # the axes
-    "Draw values with their intervals, or differences in points. No legend: where it goes is the caller's to say."
+    "Draw values with their intervals, or differences in points; the caller adds the legend."
     import matplotlib.pyplot as plt
     rows, hues = (list(dict.fromkeys(table[column])) for column in (row, hue))
     if ax is None:
@@ -105,7 +105,7 @@ def difference_panels(changes:pd.DataFrame, # columns student, pair, column, dif
                       panels:list,          # values of `column`, a panel each
                       width:float=10,       # inches
                      ):                     # the figure
-    "A panel for each measure, with a row for each student, or for each pair if there is one student."
+    "A panel for each measure; a row for each student, or for each pair if there is one student."
     import matplotlib.pyplot as plt
     row = 'student' if changes.student.nunique() > 1 else 'pair'
     lines = sum(changes.column == panels[0])
@@ -123,7 +123,7 @@ def stamped(fig,        # matplotlib figure
             scale:str,  # 'mini' or 'paper': printed in the corner
             folder,     # Path to write to
            ) -> list:   # names of the files
-    "Save as PNG and SVG with the scale printed on the figure; the same figure gives the same bytes."
+    "Save as PNG and SVG with the scale printed on the figure; equal figures give equal bytes."
     import matplotlib as mpl
     fig.text(.995, .003, f'scale {scale}', ha='right', va='bottom', fontsize=7, color='.35')
     with mpl.rc_context({'svg.hashsalt': name}):

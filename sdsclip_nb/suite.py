@@ -17,11 +17,17 @@ from fastcore.basics import patch
 
 # %% ../nbs/04_suite.ipynb #bfb8ee28
 METRICS = {  # kind of suite -> its metrics, the first being the one to quote
-    'winoground': ('text', 'image', 'group'),   # two images, two captions: caption k belongs to image k
-    'choice': ('correct',),                     # one image; every right caption above every wrong one
-    'order': ('correct', 'ties_right', 'tie'),  # as choice
-    'zeroshot': ('top1', 'top5'),               # one image, a caption or several prompts for each class
-    'retrieval': ('R@1', 'R@5', 'R@10', 'R@1 text to image', 'R@5 text to image', 'R@10 text to image'),
+    # two images and two captions: caption k belongs to image k
+    'winoground': ('text', 'image', 'group'),
+    # one image: every right caption above every wrong one
+    'choice': ('correct',),
+    # the same, with ties
+    'order': ('correct', 'ties_right', 'tie'),
+    # one image, and a caption or several prompts for each class
+    'zeroshot': ('top1', 'top5'),
+    # many images, each with captions of its own
+    'retrieval': ('R@1', 'R@5', 'R@10',
+                  'R@1 text to image', 'R@5 text to image', 'R@10 text to image'),
 }
 
 # %% ../nbs/04_suite.ipynb #72dd61a2
@@ -38,9 +44,9 @@ class Suite:
     tags:np.ndarray           # (items,) str: kinds of item, several joined by '|', '' for none
     split:str='test'          # 'test' to report on, 'val' to choose settings on
     ids:list|None=None        # (items,) str; None: the items' numbers
-    group:np.ndarray|None=None  # (items,) not independent where equal; None: where they share an image
-    macros:dict=field(default_factory=dict)   # name -> (items,) str: class of each item, '' for none
-    joint:dict=field(default_factory=dict)    # name -> (items,) str: set of each item, '' for none
+    group:np.ndarray|None=None  # (items,) equal: not independent; None: those that share an image
+    macros:dict=field(default_factory=dict)   # name -> (items,) str: each item's class, '' for none
+    joint:dict=field(default_factory=dict)    # name -> (items,) str: each item's set, '' for none
     templates:list|None=None  # zeroshot: prompts with '{}' for the class, features are averaged
     skipped:list=field(default_factory=list)  # (item, reason) of what was left out
     notes:list=field(default_factory=list)    # what to know when reading this suite's scores
@@ -136,8 +142,8 @@ def _write_captions(ax, captions, match):
     "Captions below the image on `ax`, one a line: black and bold where they match, else grey."
     for line, (caption, true) in enumerate(zip(captions, match)):
         text = textwrap.shorten(caption, 60, placeholder='…')
-        ax.annotate(text, (.5, -.02), (0, -10 - 12*line), xycoords='axes fraction', parse_math=False,
-                    textcoords='offset points', ha='center', va='top', fontsize=7,
+        ax.annotate(text, (.5, -.02), (0, -10 - 12*line), xycoords='axes fraction',
+                    textcoords='offset points', ha='center', va='top', fontsize=7, parse_math=False,
                     fontweight='bold' if true else 'normal', color='black' if true else '.45')
 
 # %% ../nbs/04_suite.ipynb #d9e2e3da
@@ -149,10 +155,10 @@ def show_item(suite:Suite,   # of any kind
     "Draw an item: its images, and below each the captions with the true one in bold."
     import matplotlib.pyplot as plt
     item = get_item(suite, i)
-    true_first = sorted(range(len(item.captions)), key=lambda option: not item.match[:, option].any())
-    shown = true_first[:options]
+    shown = np.argsort(~item.match.any(0), kind='stable')[:options]  # true ones first
     figsize = max(3.2, size*1.6)*len(item.images), size + .25*len(shown) + .4
-    fig, axes = plt.subplots(1, len(item.images), figsize=figsize, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, len(item.images), figsize=figsize, squeeze=False,
+                             layout='constrained')
     for ax, image, match in zip(axes[0], item.images, item.match):
         ax.imshow(image, interpolation='nearest')
         ax.set_axis_off()
