@@ -652,6 +652,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                      'sdsclip_nb.training.seen_by_teacher': ('training.html#seen_by_teacher', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.show_curves': ('training.html#show_curves', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.start': ('training.html#start', 'sdsclip_nb/training.py'),
+                                     'sdsclip_nb.training.suite_names': ('training.html#suite_names', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.terminal': ('training.html#terminal', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.train': ('training.html#train', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.validate': ('training.html#validate', 'sdsclip_nb/training.py'),

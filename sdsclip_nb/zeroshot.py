@@ -17,93 +17,126 @@ from typing import NamedTuple
 import numpy as np
 
 from .pairs import BadItem, DataError, Intake
-from .record import MINI_COMMAND, Missing, MissingError
 from .reader import benchmark, check_caption, Images, LazyImage
+from .record import MINI_COMMAND, Missing, MissingError
 from .suite import Suite
 
 # %% ../nbs/04h_zeroshot.ipynb #9bc32f10
-def as_templates(templates) -> list[str]: # each with '{}'
-    "Prompts of either spelling, checked."
-    out = [t.replace('{c}', '{}') if isinstance(t, str) else t for t in ([templates] if isinstance(templates, str) else templates)]
-    for t in out:
-        if not isinstance(t, str) or t.count('{}') != 1 or t.count('{') != 1:
-            raise DataError(f"the template {t!r} has no place, or several, for the class name. Write '{{}}' once: 'a photo of a {{}}.'")
-    if not out: raise DataError("templates is empty. Give at least one, such as 'a photo of a {}.'")
-    return out
+def as_templates(templates, # one or several, with '{}' or '{c}' for the class name
+                ) -> list[str]: # each with '{}'
+    "Prompts of either spelling. Raises `DataError` for a template without one place for the name."
+    several = [templates] if isinstance(templates, str) else templates
+    found = [text.replace('{c}', '{}') if isinstance(text, str) else text for text in several]
+    for text in found:
+        if not isinstance(text, str) or text.count('{}') != 1 or text.count('{') != 1:
+            raise DataError(f'the template {text!r} has no place, or several, for the class name. '
+                            "Write '{}' once: 'a photo of a {}.'")
+    if not found:
+        raise DataError("templates is empty. Give at least one, such as 'a photo of a {}.'")
+    return found
 
 # %% ../nbs/04h_zeroshot.ipynb #517e8619
-def _files(ds):
-    "The files of the pictures, or None when they stand in an array."
-    if hasattr(ds, 'samples'): return [Path(p) for p, _ in ds.samples]
-    if hasattr(ds, 'categories'):  # Caltech-101 counts the files of each folder
-        return [Path(ds.root)/'101_ObjectCategories'/ds.categories[y]/f'image_{i:04d}.jpg' for y, i in zip(ds.y, ds.index)]
-    files = getattr(ds, '_image_files', getattr(ds, '_images', None))
-    return None if files is None else [Path(p) for p in files]
+def _files(dataset):
+    "The files of the images, or None when they stand in an array."
+    if hasattr(dataset, 'samples'): return [Path(path) for path, _ in dataset.samples]
+    if hasattr(dataset, 'categories'):  # Caltech-101 counts the files of each folder
+        folder = Path(dataset.root)/'101_ObjectCategories'
+        return [folder/dataset.categories[label]/f'image_{number:04d}.jpg'
+                for label, number in zip(dataset.y, dataset.index)]
+    files = getattr(dataset, '_image_files', getattr(dataset, '_images', None))
+    return None if files is None else [Path(path) for path in files]
 
-def _labels(ds):
-    "(pictures,) int, the class of each."
+# %% ../nbs/04h_zeroshot.ipynb #6ad36982
+def _labels(dataset):
+    "(images,) int, the class of each."
     for name in ('targets', 'labels', '_labels', 'y'):
-        if getattr(ds, name, None) is not None: return np.asarray(getattr(ds, name)).astype(int)
-    raise DataError(f'{type(ds).__name__}: its labels are not where they were. Use the torchvision of requirements.lock.')
+        labels = getattr(dataset, name, None)
+        if labels is not None: return np.asarray(labels).astype(int)
+    raise DataError(f'{type(dataset).__name__}: its labels are not where they were. '
+                    'Use the torchvision of requirements.lock.')
 
-# %% ../nbs/04h_zeroshot.ipynb #8e266cbd
-def _nth(ds, i): return ds[i][0]
+# %% ../nbs/04h_zeroshot.ipynb #9e266cbd
+def _nth(dataset, i): return dataset[i][0]
 
-def _pictures(ds, root):
-    "Yield a `LazyImage` for each, or what is wrong with it as a `BadItem`. Every folder is listed once."
-    if (files := _files(ds)) is None:
-        yield from (LazyImage(str(i), open=partial(_nth, ds, i)) for i in range(len(ds)))
-        return
+def _file_images(files, root):
+    "Yield a `LazyImage` for each file below `root`, or what is wrong with it as a `BadItem`."
     there = {}
-    for p in files:
-        if p.parent not in there: there[p.parent] = set(os.listdir(p.parent)) if p.parent.is_dir() else set()
-        name = os.path.relpath(p, root).replace(os.sep, '/')
-        if name.startswith('../'): yield BadItem(f'the file name {name!r} leads out of its folder. Correct or remove the entry.')
-        elif p.name not in there[p.parent]: yield BadItem(f'the image file {name} is missing. Fetch or unpack the images again.')
-        else: yield LazyImage(name, p)
+    for path in files:
+        folder = path.parent
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        name = os.path.relpath(path, root).replace(os.sep, '/')
+        if name.startswith('../'):
+            yield BadItem(f'the file name {name!r} leads out of its folder. '
+                          'Correct or remove the entry.')
+        elif path.name not in there[folder]:
+            yield BadItem(f'the image file {name} is missing. Fetch or unpack the images again.')
+        else: yield LazyImage(name, path)
+
+# %% ../nbs/04h_zeroshot.ipynb #375d80e0
+def _images(dataset, root):
+    "The images of a data set, unopened."
+    files = _files(dataset)
+    if files is not None: return _file_images(files, root)
+    return (LazyImage(str(i), open=partial(_nth, dataset, i)) for i in range(len(dataset)))
 
 # %% ../nbs/04h_zeroshot.ipynb #1628e9e4
-def _class_names(ds, class_names):
+def _class_names(dataset, class_names):
     "The names, as many as the data has classes."
-    found = getattr(ds, 'class_to_idx', None)  # stays with the folders when the names are replaced
-    expected = len(found) if found is not None else len(ds.classes)
-    names = list(ds.classes if class_names is None else class_names)
-    if len(names) != expected:
-        raise DataError(f'{len(names)} class names for {expected} classes ({", ".join(map(str, list(found or ds.classes)[:3]))}, ...). '
-                        'Give one name for each, in that order, or fetch the missing class folders.')
-    try: return [check_caption(c) for c in names]
+    folders = getattr(dataset, 'class_to_idx', None)  # stays when the names are replaced
+    classes = dataset.classes if folders is None else list(folders)
+    names = list(dataset.classes if class_names is None else class_names)
+    if len(names) != len(classes):
+        first = ', '.join(map(str, classes[:3]))
+        raise DataError(f'{len(names)} class names for {len(classes)} classes ({first}, ...). '
+                        'Give one name for each, in that order, '
+                        'or fetch the missing class folders.')
+    try: return [check_caption(name) for name in names]
     except BadItem as e: raise DataError(f'class names: {e}') from None
 
-def _zeroshot(name, pictures, labels, names, templates, intake, notes):
-    "The suite of pictures that passed the checks."
-    n, c, labels = len(pictures), len(names), np.array(labels)
-    twice = {k for k, m in Counter(names).items() if m > 1}
-    notes = [*notes, *([f'classes of one name always tie: {", ".join(sorted(twice))}'] if twice else [])]
-    own = np.array([f'{k} ({i})' if k in twice else k for i, k in enumerate(names)])
-    options = np.broadcast_to(np.arange(c, dtype=np.int32), (n, c))
-    return Suite(name, 'zeroshot', Images(pictures, intake.on_error), names, np.arange(n)[:, None], options, labels, np.full(n, ''),
-                 ids=[p.name for p in pictures], group=np.arange(n), macros={'mean per class': own[labels]}, templates=templates,
-                 skipped=intake.skipped, notes=notes)
+# %% ../nbs/04h_zeroshot.ipynb #5f505e3d
+def _classes_apart(names):
+    "Class names told apart where two are the same, and those that come twice."
+    twice = {name for name, n in Counter(names).items() if n > 1}
+    apart = [f'{name} ({i})' if name in twice else name for i, name in enumerate(names)]
+    return np.array(apart), sorted(twice)
+
+# %% ../nbs/04h_zeroshot.ipynb #c5400af0
+def _suite(name, images, labels, names, templates, intake, notes):
+    "The suite of the images that passed the checks."
+    n, labels = len(images), np.array(labels)
+    apart, twice = _classes_apart(names)
+    if twice: notes = [*notes, f'classes of one name always tie: {", ".join(twice)}']
+    options = np.broadcast_to(np.arange(len(names), dtype=np.int32), (n, len(names)))
+    return Suite(name, 'zeroshot', Images(images, intake.on_error), names, np.arange(n)[:, None],
+                 options, labels, tags=np.full(n, ''), ids=[image.name for image in images],
+                 group=np.arange(n), macros={'mean per class': apart[labels]},
+                 templates=templates, skipped=intake.skipped, notes=list(notes))
 
 # %% ../nbs/04h_zeroshot.ipynb #b2480ebe
 def zeroshot_suite(name:str,              # of the suite
-                   ds,                    # a torchvision data set
-                   root:Path,             # names of pictures are told from here
-                   on_error:str='raise',  # or 'skip': missing pictures are left out
+                   dataset,               # a torchvision data set
+                   root:Path,             # names of images are told from here
+                   on_error:str='raise',  # or 'skip': missing images are left out
                    class_names=None,      # in the order of the labels; None: the data set's
                    templates=None,        # with '{}' or '{c}'; None: the data set's
-                   notes=(),              # for the reader of the figures
-                  ) -> Suite:
-    "A classification set as a suite. Opens no picture."
-    names, templates = _class_names(ds, class_names), as_templates(ds.templates if templates is None else templates)
-    intake, labels = Intake(root, on_error), _labels(ds)
-    for i, (p, y) in enumerate(zip(_pictures(ds, root), labels, strict=True)):
-        with intake.trying(f'{name}, picture {i}'):
-            if isinstance(p, BadItem): raise p
-            if not 0 <= y < len(names): raise BadItem(f'the label {y} is not one of {len(names)} classes. Correct or remove the entry.')
-            intake.items.append((p, y))
-    if not intake.items: raise DataError(f'{root}: {name} has no picture. Left out: {intake.skipped[:3] or "none, it is empty"}')
-    return _zeroshot(name, *zip(*intake.items), names, templates, intake, notes)
+                   notes=(),              # to accompany the scores
+                  ) -> Suite:             # metric zeroshot
+    "A classification set as a suite. Opens no image."
+    names = _class_names(dataset, class_names)
+    templates = as_templates(dataset.templates if templates is None else templates)
+    intake, labels = Intake(root, on_error), _labels(dataset)
+    for i, (image, label) in enumerate(zip(_images(dataset, root), labels, strict=True)):
+        with intake.trying(f'{name}, image {i}'):
+            if isinstance(image, BadItem): raise image
+            if not 0 <= label < len(names):
+                raise BadItem(f'the label {label} is not one of {len(names)} classes. '
+                              'Correct or remove the entry.')
+            intake.items.append((image, label))
+    if not intake.items:
+        left_out = intake.skipped[:3] or 'none, it is empty'
+        raise DataError(f'{root}: {name} has no image. Left out: {left_out}')
+    return _suite(name, *zip(*intake.items), names, templates, intake, notes)
 
 # %% ../nbs/04h_zeroshot.ipynb #cb4a05e3
 class ZeroShot(NamedTuple):
@@ -114,69 +147,117 @@ class ZeroShot(NamedTuple):
 
 # %% ../nbs/04h_zeroshot.ipynb #cdce4119
 ZEROSHOT = {
-    'imagenet': ZeroShot('imagenet1k-unverified', {'val/*/*': 'ILSVRC2012_img_val.tar, sorted into folders by WordNet id, image-net.org'},
-                         'the validation set'),
-    'cifar10': ZeroShot('cifar10', {'cifar-10-batches-py/test_batch': 'cifar-10-python.tar.gz, A. Krizhevsky, Toronto'}, 'test'),
-    'cifar100': ZeroShot('cifar100', {'cifar-100-python/test': 'cifar-100-python.tar.gz, A. Krizhevsky, Toronto'}, 'test'),
-    'mnist': ZeroShot('mnist', {'MNIST/raw/t10k-images-idx3-ubyte': 'the four MNIST files, unpacked, Y. LeCun et al.'}, 'test'),
-    'dtd': ZeroShot('dtd', {'dtd/dtd/labels/test1.txt': 'dtd-r1.0.1.tar.gz, Oxford VGG', 'dtd/dtd/images/*': 'the same'},
-                    'test, partition 1'),
-    'fgvc-aircraft': ZeroShot('fgvc_aircraft', {'fgvc-aircraft-2013b/data/images_variant_test.txt':
-                                                'fgvc-aircraft-2013b.tar.gz, Oxford VGG'}, 'test, variants'),
-    'oxford-pets': ZeroShot('pets', {'oxford-iiit-pet/images/*': 'images.tar.gz, Oxford-IIIT Pet, Oxford VGG',
-                                     'oxford-iiit-pet/annotations/test.txt': 'annotations.tar.gz, the same'}, 'test'),
-    'flowers-102': ZeroShot('flowers', {'flowers-102/jpg/*': '102flowers.tgz, Oxford VGG', 'flowers-102/imagelabels.mat': 'the same',
-                                        'flowers-102/setid.mat': 'the same'}, 'test'),
-    'caltech-101': ZeroShot('caltech101', {'caltech101/101_ObjectCategories/*/*': '101_ObjectCategories.tar.gz, Caltech'},
-                            'none, all pictures are taken, the background class too'),
-    'food-101': ZeroShot('food101', {'food-101/meta/test.json': 'food-101.tar.gz, ETH Zürich', 'food-101/images/*': 'the same'}, 'test'),
-    'eurosat': ZeroShot('eurosat', {'eurosat/2750/*/*': 'EuroSAT.zip (RGB), P. Helber et al.'}, 'none, all pictures are taken'),
-    'stl-10': ZeroShot('stl10', {'stl10_binary/test_X.bin': 'stl10_binary.tar.gz, A. Coates et al., Stanford',
-                                 'stl10_binary/class_names.txt': 'the same'}, 'test'),
+    'imagenet': ZeroShot(
+        'imagenet1k-unverified',
+        {'val/*/*': 'ILSVRC2012_img_val.tar, sorted into folders by WordNet id, image-net.org'},
+        'the validation set'),
+    'cifar10': ZeroShot(
+        'cifar10',
+        {'cifar-10-batches-py/test_batch': 'cifar-10-python.tar.gz, A. Krizhevsky, Toronto'},
+        'test'),
+    'cifar100': ZeroShot(
+        'cifar100',
+        {'cifar-100-python/test': 'cifar-100-python.tar.gz, A. Krizhevsky, Toronto'}, 'test'),
+    'mnist': ZeroShot(
+        'mnist',
+        {'MNIST/raw/t10k-images-idx3-ubyte': 'the four MNIST files, unpacked, Y. LeCun et al.'},
+        'test'),
+}
+
+# %% ../nbs/04h_zeroshot.ipynb #c5bd1f72
+ZEROSHOT |= {
+    'dtd': ZeroShot(
+        'dtd', {'dtd/dtd/labels/test1.txt': 'dtd-r1.0.1.tar.gz, Oxford VGG',
+                'dtd/dtd/images/*': 'the same'}, 'test, partition 1'),
+    'fgvc-aircraft': ZeroShot(
+        'fgvc_aircraft', {'fgvc-aircraft-2013b/data/images_variant_test.txt':
+                          'fgvc-aircraft-2013b.tar.gz, Oxford VGG'}, 'test, variants'),
+    'oxford-pets': ZeroShot(
+        'pets', {'oxford-iiit-pet/images/*': 'images.tar.gz, Oxford-IIIT Pet, Oxford VGG',
+                 'oxford-iiit-pet/annotations/test.txt': 'annotations.tar.gz, the same'}, 'test'),
+    'flowers-102': ZeroShot(
+        'flowers', {'flowers-102/jpg/*': '102flowers.tgz, Oxford VGG',
+                    'flowers-102/imagelabels.mat': 'the same',
+                    'flowers-102/setid.mat': 'the same'}, 'test'),
+    'caltech-101': ZeroShot(
+        'caltech101',
+        {'caltech101/101_ObjectCategories/*/*': '101_ObjectCategories.tar.gz, Caltech'},
+        'none, all images are taken, the background class too'),
+    'food-101': ZeroShot(
+        'food101', {'food-101/meta/test.json': 'food-101.tar.gz, ETH Zürich',
+                    'food-101/images/*': 'the same'}, 'test'),
+    'eurosat': ZeroShot(
+        'eurosat', {'eurosat/2750/*/*': 'EuroSAT.zip (RGB), P. Helber et al.'},
+        'none, all images are taken'),
+    'stl-10': ZeroShot(
+        'stl10', {'stl10_binary/test_X.bin': 'stl10_binary.tar.gz, A. Coates et al., Stanford',
+                  'stl10_binary/class_names.txt': 'the same'}, 'test'),
 }
 
 # %% ../nbs/04h_zeroshot.ipynb #0f775d12
-def _open(name, root, **options):
+def _cannot_load(name, root, error):
+    "The error that names the files of a set and their source."
+    why = (str(error) or type(error).__name__).split('. You can use download')[0].splitlines()[0]
+    missing = [str(Missing(f'{name}: {root/pattern}, with all beside it', source, str(root)))
+               for pattern, source in ZEROSHOT[name].files.items()]
+    return MissingError('\n'.join([f'{name} cannot be loaded: {why}.', *missing,
+                                   f'What works now: {MINI_COMMAND}']))
+
+# %% ../nbs/04h_zeroshot.ipynb #20d5acdc
+def _open(name, root):
     "The data set as CLIP Benchmark builds it, with `classes` and `templates`."
     from clip_benchmark.datasets.builder import build_dataset
-    spec = ZEROSHOT[name]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # 'split argument ignored': said in the notes
-            return build_dataset(spec.key, root=str(root), split='test', download=False, **options)
-    except (RuntimeError, FileNotFoundError) as e:
-        why = (str(e) or type(e).__name__).split('. You can use download')[0].splitlines()[0]
-        where = '\n'.join(str(Missing(f'{name}: {root/p}, with all beside it', source, str(root))) for p, source in spec.files.items())
-        raise MissingError(f'{name} cannot be loaded: {why}.\n{where}\nWhat works now: {MINI_COMMAND}') from e
-    except Exception as e:  # whatever a wrong line or byte leads to: ValueError, KeyError, UnpicklingError ...
-        raise DataError(f'{root}: the files of {name} cannot be understood ({type(e).__name__}: {e}). Unpack them again.') from e
+            return build_dataset(ZEROSHOT[name].key, root=str(root), split='test', download=False)
+    except (RuntimeError, FileNotFoundError) as e: raise _cannot_load(name, root, e) from e
+    except Exception as e:  # a wrong line or byte leads to many: ValueError, KeyError ...
+        raise DataError(f'{root}: the files of {name} cannot be understood '
+                        f'({type(e).__name__}: {e}). Unpack them again.') from e
 
-def _load(name, root, on_error, class_names=None, templates=None):
+# %% ../nbs/04h_zeroshot.ipynb #6f33c6ca
+def _load(name, root, on_error='raise', class_names=None, templates=None):
     "Load one of `ZEROSHOT`; names and prompts may be replaced."
-    return zeroshot_suite(name, _open(name, root), root, on_error, class_names, templates, [f'split: {ZEROSHOT[name].split}'])
+    notes = [f'split: {ZEROSHOT[name].split}']
+    return zeroshot_suite(name, _open(name, root), root, on_error, class_names, templates, notes)
 
 for _name, _spec in ZEROSHOT.items():
-    benchmark(_name, 'zero-shot classification', 'CLIP Benchmark (LAION) and torchvision', _spec.files)(partial(_load, _name))
+    benchmark(_name, 'zero-shot classification', 'CLIP Benchmark (LAION) and torchvision',
+              _spec.files)(partial(_load, _name))
 
 # %% ../nbs/04h_zeroshot.ipynb #fea55795
-def _folder_names(ds, class_names):
-    "The class names for the folders of `ds`."
-    folders = list(ds.class_to_idx)
-    if class_names is None: return [f.replace('_', ' ') for f in folders]
+def _folder_names(folders, class_names):
+    "The class names for the folders."
+    if class_names is None: return [folder.replace('_', ' ') for folder in folders]
     if isinstance(class_names, (str, Path)):
         try: class_names = json.loads(Path(class_names).read_text('utf-8-sig'))
-        except (OSError, ValueError) as e: raise DataError(f'class_names={class_names}: no JSON can be read there ({e}).') from None
+        except (OSError, ValueError) as e:
+            said = f'class_names={class_names}: no JSON can be read there ({e}).'
+            raise DataError(said) from None
     if not isinstance(class_names, dict): return list(class_names)
-    if lacking := [f for f in folders if f not in class_names]:
-        raise DataError(f'class_names has no name for the folder {lacking[0]!r} ({len(lacking)} lack one). Add it.')
-    return [class_names[f] for f in folders]
+    lacking = [folder for folder in folders if folder not in class_names]
+    if lacking:
+        raise DataError(f'class_names has no name for the folder {lacking[0]!r} '
+                        f'({len(lacking)} lack one). Add it.')
+    return [class_names[folder] for folder in folders]
 
-@benchmark('imagefolder', 'zero-shot classification', 'a folder for each class', {'*/*': 'your own pictures, in a folder for each class'})
-def imagefolder(root, on_error, class_names=None, templates=None):
+# %% ../nbs/04h_zeroshot.ipynb #07ab43ea
+@benchmark('imagefolder', 'zero-shot classification', 'a folder for each class',
+           {'*/*': 'your own images, in a folder for each class'})
+def imagefolder(root:Path,            # with a folder for each class
+                on_error:str='raise', # or 'skip'
+                class_names=None,     # list, {folder: name}, JSON file; None: the folders' names
+                templates=None,       # with '{}' or '{c}'; None: the 80 of ImageNet
+               ) -> Suite:            # metric zeroshot
+    "Any folder of folders."
     from open_clip import OPENAI_IMAGENET_TEMPLATES
     from torchvision.datasets import ImageFolder
-    try: ds = ImageFolder(str(root))
+    try: dataset = ImageFolder(str(root))
     except FileNotFoundError as e:
-        raise MissingError(f'imagefolder: {root}: {str(e).splitlines()[0]}. Put a picture in each folder, or remove it.') from None
-    templates = [t('{}') for t in OPENAI_IMAGENET_TEMPLATES] if templates is None else templates
-    return zeroshot_suite('imagefolder', ds, root, on_error, _folder_names(ds, class_names), templates)
+        said = str(e).splitlines()[0]
+        raise MissingError(f'imagefolder: {root}: {said}. '
+                           'Put an image in each folder, or remove it.') from None
+    if templates is None: templates = [template('{}') for template in OPENAI_IMAGENET_TEMPLATES]
+    names = _folder_names(list(dataset.class_to_idx), class_names)
+    return zeroshot_suite('imagefolder', dataset, root, on_error, names, templates)
