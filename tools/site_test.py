@@ -153,6 +153,7 @@ def every_page(page: Page, address: str) -> str:
         page.goto(f"{address}{name}.html")
         shown = page.evaluate(SHOWN)
         here = stored(notebook)
+        expect(any(here) or not name.startswith(f"{RESULTS}/"), f"{name} has no plot and no table")
         expect(not shown["lost"], f"{name}: images that are not shown: {shown['lost']}")
         expect(shown["plots"] == here[0], f"{name}: {shown['plots']} of {here[0]} plots are shown")
         expect(shown["tables"] >= here[1], f"{name}: {shown['tables']} of {here[1]} tables shown")
