@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAIRS', 'CACHE_GB', 'to_rgb', 'DataError', 'NoSplit', 'BadItem', 'decoding', 'read_rgb', 'Item', 'Intake', 'Listing',
            'listing', 'file_below', 'need', 'read_json_file', 'Member', 'open_rgb', 'Pair', 'Pairs', 'Source', 'source',
-           'missing_data', 'missing_for', 'load_pairs', 'find_pairs', 'shard_samples', 'sample_caption', 'Draw',
-           'StepBatches', 'seeded', 'Encoded', 'PairBatches']
+           'missing_data', 'load_pairs', 'find_pairs', 'shard_samples', 'sample_caption', 'Draw', 'StepBatches',
+           'seeded', 'Encoded', 'PairBatches']
 
 # %% ../nbs/01a_pairs.ipynb #8c70bd8c
 import csv
@@ -354,10 +354,6 @@ def missing_data(name:str,           # a key of `PAIRS`
     return [Missing(f'data={name!r}: {folder/pattern}', origin, str(folder))
             for pattern, origin in wanted.items() if not any(folder.glob(pattern))]
 
-def missing_for(name:str, root=None, split:str='train') -> list[str]:
-    "`missing_data` in words."
-    return [str(missing) for missing in missing_data(name, root, split)]
-
 # %% ../nbs/01a_pairs.ipynb #990dc912
 def _check_there(name, root, split):
     "Raise `NoSplit` or `MissingError` if a split cannot be read."
@@ -365,7 +361,7 @@ def _check_there(name, root, split):
     if splits and split not in splits:
         choices = ', '.join(splits)
         raise NoSplit(f'data={name!r}: split={split!r} is unknown: it has {choices}')
-    if lines := missing_for(name, root, split):
+    if lines := [str(missing) for missing in missing_data(name, root, split)]:
         hint = f'What works now: {MINI_COMMAND}'
         raise MissingError('\n'.join(['These files are missing:', *lines, hint]))
 

@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .experiment import data_folder
-from sdsclip_nb.pairs import (
-    BadItem, DataError, decoding, file_below, Intake, listing, need, read_json_file, read_rgb,
-    to_rgb)
+from .pairs import (
+    BadItem, DataError, decoding, file_below, Intake, listing, read_rgb, to_rgb)
+from .pairs import read_json_file  # noqa: F401  loaders take it from here
 from .record import Missing, MissingError
 from .suite import Suite
 
