@@ -174,21 +174,21 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
 
 # Formulas -----------------------------------------------------------------------------------------
 
-def mathml(latex: str, display: str) -> str:
+def mathml(node: nodes.math | nodes.math_block, display: str) -> str:
     "A formula as MathML; a command or an environment that is not known fails the build"
-    result = convert(latex, display=display)
+    result = convert(node.astext(), display=display)
     if re.search(r"\\|>&<", result):
-        log.warning("formula not understood: %s", latex)
+        log.warning("formula not understood: %s", node.astext(), location=node)
     return result
 
 
 def inline_formula(translator, node: nodes.math) -> None:
-    translator.body.append(mathml(node.astext(), "inline"))
+    translator.body.append(mathml(node, "inline"))
     raise nodes.SkipNode
 
 
 def block_formula(translator, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+    translator.body.append(f'<div class="math">{mathml(node, "block")}</div>')
     raise nodes.SkipNode
 
 
