@@ -294,6 +294,12 @@ def tag_problems(path: Path, count: int) -> Iterator[str]:
         yield f"{count} cells are tagged `parameters`; {needed} needed"
 
 
+def check_settings() -> str:
+    "the main job's parameters are the settings of a training run, with their help and choices"
+    expect(run(sys.executable, "tools/parameters.py", "--check"), "tools/parameters.py --check")
+    return f"{MAIN_JOB} has them all"
+
+
 def check_readme() -> str:
     "README.md is what index.ipynb gives"
     expect(run(sys.executable, "tools/readme.py", "--check"), "tools/readme.py --check")
@@ -510,6 +516,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
     "parameters": check_parameters,
+    "settings": check_settings,
     "readme": check_readme,
     "lint": check_lint,
     "imports": check_imports,
