@@ -9,13 +9,17 @@
 #   snakemake --cores 4 --resources gpu=1 --config scale=paper     the paper's models, on one GPU
 # Stale is what a changed module, notebook source, setting, weight or input makes so. A notebook's outputs and prose do not count.
 import json
+import os
+import shlex
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
-from sdsclip_nb.experiment import SCALES, TEACHERS
+from sdsclip_nb.experiment import SCALES, TEACHERS, Experiment
 from sdsclip_nb.plan import plan, result_needs, RESULTS, SUITES_OF, TEACHER_ITEMS, TEACHERS_OF
+from sdsclip_nb.record import module_closure, notebook_imports
 
 SCALE = config.get("scale", "mini")  # mini or paper
 SEEDS = int(config.get("seeds", 3))  # of ViT-B-32
@@ -36,16 +40,41 @@ GPU = 1 if SCALE == "paper" else 0
 shell.prefix("set -euo pipefail; ( ")
 shell.suffix(" ) 2>&1 | sed '/IPKernelApp/d; /^Input Notebook/d; /^Executing notebook/d'")
 
-modules = lambda names: [f"sdsclip_nb/{m}.py" for m in names.split()]
-TRAIN_CODE = modules("experiment mini data teacher student losses train")
-MEASURE_CODE = modules("experiment suite reader mini benchmarks compositional pairwise order zeroshot teacher student scores evaluate")
-REPORT_CODE = modules("evaluate plan report")
+# The terms that need the teacher, from their registry. It is in a module that imports torch, and Snakemake reads this file
+# again in the process of every job: asked once, the answer is handed down.
+ASK = "from sdsclip_nb.losses import TERMS; print(*(t.name for t in TERMS.values() if {'teacher', 'latent_map', 'image_latents'} & {*t.needs}))"
+if "SDSCLIP_TEACHER_TERMS" not in os.environ:
+    os.environ["SDSCLIP_TEACHER_TERMS"] = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=workflow.basedir, capture_output=True, text=True, check=True
+    ).stdout
+TEACHER_TERMS = os.environ["SDSCLIP_TEACHER_TERMS"].split()
+
+NO_NUMBERS = ["plots"]  # modules that decide no number
+TRAIN_JOB, MEASURE_JOB = "nbs/03_train.ipynb", "nbs/jobs/measure.ipynb"
 
 
-def source(notebook):
-    "A digest of a notebook's code, so that outputs and prose may change freely"
+def modules(roots, *leave_out):
+    "The files of some modules and of all that they import"
+    return [f"sdsclip_nb/{name}.py" for name in module_closure(roots, [*NO_NUMBERS, *leave_out])]
+
+
+# What the plan says of a step stands in its params, so that a new student or training leaves the others alone.
+TRAIN_CODE = modules(["training"])
+MEASURE_CODE = modules(notebook_imports(MEASURE_JOB), "plan")
+
+
+def report_code(name):
+    "The modules of a result: those of the measurements, which it reads, are in its input already"
+    return [f"sdsclip_nb/{m}.py" for m in module_closure(notebook_imports(f"nbs/paper/{name}.ipynb"))]
+
+
+def source(notebook, tag=None):
+    "A digest of a notebook's code, or of its cells with a tag, so that outputs, prose and plots may change freely"
     cells = json.loads(Path(workflow.basedir, notebook).read_text())["cells"]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    code = [
+        "".join(c["source"]) for c in cells
+        if c["cell_type"] == "code" and (tag is None or tag in c["metadata"].get("tags", []))
+    ]
     return sha256("\0".join(code).encode()).hexdigest()[:16]
 
 
@@ -62,13 +91,19 @@ def teacher_weights(teacher):
 
 def training_weights(wildcards):
     e = RUNS[f"{wildcards.student}/{wildcards.training}/seed{wildcards.seed}"].experiment()
-    return student_weights(wildcards.student) + (teacher_weights(e.teacher) if e.loss != "clip" else [])
+    with_teacher = any(term in TEACHER_TERMS for term in e.loss.split("+"))
+    return student_weights(wildcards.student) + (teacher_weights(e.teacher) if with_teacher else [])
 
 
 def settings(wildcards):
-    "What decides a run's numbers, as the plan has it"
+    "The settings of a training run that differ from the scale's own, as options of papermill"
     run = RUNS.get(f"{wildcards.student}/{wildcards.training}/seed{wildcards.seed}")
-    return "" if run is None else run.experiment().model_dump_json(exclude={"device"})
+    if run is None:
+        return ""
+    steps = {"steps": int(STEPS)} if STEPS else {}
+    own, wanted = Experiment(scale=SCALE).model_dump(), run.experiment(**steps).model_dump()
+    changed = {"scale": SCALE} | {name: value for name, value in wanted.items() if value != own[name]}
+    return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in changed.items())
 
 
 def outcomes(names):
@@ -111,9 +146,8 @@ rule fine_tune:
     log:
         notebook=f"{OUT}/logs/fine_tune/{{student}}-{{training}}-seed{{seed}}.ipynb",
     params:
-        source=source("nbs/jobs/fine_tune.ipynb"),
+        source=source(TRAIN_JOB, "run"),
         settings=settings,
-        steps=STEPS,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
     threads: 1
     resources:
@@ -121,8 +155,8 @@ rule fine_tune:
         runtime=600 if GPU else 60,  # minutes, for a cluster
         mem_mb=32000 if GPU else 3000,
     shell:
-        "{PAPERMILL} nbs/jobs/fine_tune.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
-        "-p training {wildcards.training} -p seed {wildcards.seed} -p steps {params.steps} -p threads {threads} -p out_dir {params.folder}"
+        "{PAPERMILL} {TRAIN_JOB} {log.notebook} --no-progress-bar {params.settings} -p out_dir {params.folder} "
+        "-p threads {threads} -p benchmarks none -p progress False"
 
 
 rule measure:
@@ -134,7 +168,7 @@ rule measure:
     log:
         notebook=f"{OUT}/logs/measure/{{student}}-{{training}}-seed{{seed}}.ipynb",
     params:
-        source=source("nbs/jobs/measure.ipynb"),
+        source=source(MEASURE_JOB),
         suites=SUITES_OF[SCALE],
         n=ITEMS,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
@@ -145,7 +179,7 @@ rule measure:
         runtime=240 if GPU else 30,
         mem_mb=32000 if GPU else 3000,
     shell:
-        "{PAPERMILL} nbs/jobs/measure.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
+        "{PAPERMILL} {MEASURE_JOB} {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
         "-p training {wildcards.training} -p seed {wildcards.seed} -p n {params.n} -p threads {threads} -p run_dir {params.folder} -p out_dir {params.to}"
 
 
@@ -156,7 +190,7 @@ use rule measure as measure_untouched with:
     output:
         f"{OUT}/outcomes/{{student}}/{{training,base}}/seed{{seed}}/metrics.json",
     params:
-        source=source("nbs/jobs/measure.ipynb"),
+        source=source(MEASURE_JOB),
         suites=SUITES_OF[SCALE],
         n=ITEMS,
         folder=None,
@@ -175,7 +209,7 @@ rule measure_teacher:
     log:
         notebook=f"{OUT}/logs/measure/teacher-{{teacher}}.ipynb",
     params:
-        source=source("nbs/jobs/measure.ipynb"),
+        source=source(MEASURE_JOB),
         n=ITEMS,
         suites=TEACHER_ITEMS[SCALE],
         to=f"{OUT}/outcomes/teacher:{{teacher}}",
@@ -186,14 +220,14 @@ rule measure_teacher:
         runtime=600 if GPU else 60,
         mem_mb=32000 if GPU else 3000,
     shell:
-        "{PAPERMILL} nbs/jobs/measure.ipynb {log.notebook} --no-progress-bar -p scale {SCALE} -p student teacher:{wildcards.teacher} "
+        "{PAPERMILL} {MEASURE_JOB} {log.notebook} --no-progress-bar -p scale {SCALE} -p student teacher:{wildcards.teacher} "
         "-p n {params.n} -p threads {threads} -p out_dir {params.to}"
 
 
 rule result:
     input:
         outcomes=lambda w: outcomes(result_needs(w.name, SCALE, SEEDS, OTHER_SEEDS, EXTRA_SEEDS)),
-        code=REPORT_CODE,
+        code=lambda w: report_code(w.name),
     output:
         f"{FIGURES}/{{name}}.json",
         f"{FIGURES}/{{name}}.csv",
@@ -218,7 +252,7 @@ rule result:
 rule claims:
     input:
         outcomes=outcomes(result_needs("claims", SCALE, SEEDS, OTHER_SEEDS, EXTRA_SEEDS)),
-        code=REPORT_CODE,
+        code=report_code("claims"),
         published="data/published/claims.csv",
     output:
         f"{FIGURES}/claims.md",

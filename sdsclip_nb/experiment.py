@@ -94,10 +94,9 @@ class Experiment(BaseModel):
     arch: str = Field('ViT-B-32', description=f'student: {", ".join(STUDENTS)}; an open_clip model (paper); a folder')
     scale: Literal['mini', 'paper'] = Field('mini', description='small models of this repository, or the real ones')
     loss: str = Field('clip+sds', description='terms of the loss, joined by +')
-    control: str = Field('none', description='which captions the teacher is conditioned on instead')
+    control: str = Field('none', description='captions the teacher is conditioned on')
     teacher: str|None = Field(None, description='diffusion model: a name, a folder or a hub id')
     lam: float|None = Field(None, ge=0, description='lambda, the weight of L_SDS')
-    hardneg_weight: float = Field(1., ge=0, description='weight of hardneg')
     grad: str|None = Field(None, description='gradient of L_SDS, through the teacher or without its Jacobian')
     weighting: str|None = Field(None, description='w(t) of L_SDS')
     timesteps: tuple[int, int] = Field((20, 980), description='first and last timestep of L_SDS, as 20,980')
@@ -117,7 +116,7 @@ class Experiment(BaseModel):
     pretrained: str = Field('openai', description="open_clip's tag of the student's weights (paper scale)")
     data: str|None = Field(None, description='source of the training pairs')
     data_root: str|None = Field(None, description='folder of the pairs. None: data/<data>')
-    n_pairs: int|None = Field(None, ge=2, description='images used, all where a source is named')
+    n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
     num_workers: int = Field(0, ge=0, description='processes that load images')
     precision: Literal['no', 'fp16', 'bf16']|None = Field(None, description='mixed precision')
     eval_every: int|None = Field(None, ge=0, description='steps between evaluations on the validation split, 0 for none')
@@ -132,15 +131,18 @@ class Experiment(BaseModel):
         "papermill's -p passes text."
         return tuple(value.strip('()[] ').split(',')) if isinstance(value, str) else value
 
+    @field_validator('timesteps')
+    @classmethod
+    def _in_order(cls, value):
+        if 0 <= value[0] <= value[1] <= 999: return value
+        raise ValueError('give first,last with 0 <= first <= last <= 999')
+
     @model_validator(mode='after')
     def _defaults(self):
         for name, default in SCALES[self.scale].items():
             another_source = self.data not in (None, SCALES[self.scale]['data'])
             if name == 'n_pairs' and another_source: continue  # all of it
             if getattr(self, name) is None: setattr(self, name, default)
-        first, last = self.timesteps
-        if not 0 <= first <= last <= 999:
-            raise ValueError(f'timesteps={self.timesteps}: give (first, last) with 0 <= first <= last <= 999')
         return self
 
 # %% ../nbs/00_experiment.ipynb #d93fc614
@@ -153,11 +155,10 @@ def setting_problems(settings:dict # name -> value, as given
 
 def _in_words(error) -> tuple:
     "Setting and problem of one of pydantic's errors."
-    name = str(error['loc'][0]) if error['loc'] else 'settings'
+    name = str(error['loc'][0])
     fields = Experiment.model_fields
-    if name == 'settings': return name, error['msg'].removeprefix('Value error, ')
     if name not in fields: return name, f'{name}: there is no such setting.{nearest(name, fields)}'
-    return name, f'{name}={error["input"]!r}: {error["msg"]}. It takes: {fields[name].description}.'
+    return name, f'{name}={error["input"]!r}: {error["msg"].removeprefix("Value error, ")}. It takes: {fields[name].description}.'
 
 # %% ../nbs/00_experiment.ipynb #74aa5efd
 def chosen(e:Experiment, setting:str) -> list: # of str
@@ -195,10 +196,11 @@ def setting_help(name:str # a field of `Experiment`
     field = Experiment.model_fields[name]
     literals = [a for option in (field.annotation, *get_args(field.annotation)) for a in get_args(option)]
     choices = REGISTRIES.get(name) or [a for a in literals if isinstance(a, str)]
-    help = field.description + (f': {", ".join(choices)}' if choices else '')
-    if name not in SCALES['mini']: return help
-    own = (f'{scale} {"all" if defaults[name] is None else defaults[name]}' for scale, defaults in SCALES.items())
-    return f'{help}. None: {", ".join(own)}'
+    text = field.description + (f': {", ".join(choices)}' if choices else '')
+    if name not in SCALES['mini']: return text
+    own = {scale: 'all' if d[name] is None else f'{d[name]:g}' if isinstance(d[name], float) else d[name]
+           for scale, d in SCALES.items()}
+    return f'{text}. None: {", ".join(f"{value} ({scale})" for scale, value in own.items())}'
 
 def parameters_source() -> str: # of a cell for papermill
     "Every setting as a parameter: `name = default  # help`."
