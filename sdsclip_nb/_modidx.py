@@ -391,6 +391,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                    'sdsclip_nb.reader.Builder': ('reader.html#builder', 'sdsclip_nb/reader.py'),
                                    'sdsclip_nb.reader.Builder.__init__': ('reader.html#builder.__init__', 'sdsclip_nb/reader.py'),
                                    'sdsclip_nb.reader.Builder.add': ('reader.html#builder.add', 'sdsclip_nb/reader.py'),
+                                   'sdsclip_nb.reader.Builder.note_counts': ('reader.html#builder.note_counts', 'sdsclip_nb/reader.py'),
                                    'sdsclip_nb.reader.Builder.suite': ('reader.html#builder.suite', 'sdsclip_nb/reader.py'),
                                    'sdsclip_nb.reader.Images': ('reader.html#images', 'sdsclip_nb/reader.py'),
                                    'sdsclip_nb.reader.Images.__getitem__': ('reader.html#images.__getitem__', 'sdsclip_nb/reader.py'),
