@@ -198,6 +198,20 @@ def suite(self:Builder) -> Suite:
         macros=_columns(items, 'macros'), joint=_columns(items, 'joint'),
         templates=self.templates, skipped=self.skipped, notes=self.notes)
 
+# %% ../nbs/04a_reader.ipynb #7e1c40ab
+@patch
+def note_counts(self:Builder,
+                found:dict,     # kind of item -> how many there are
+                published:dict, # kind of item -> how many there should be; a tuple: one a release
+               ):
+    "Note each kind whose number of items is not a published one."
+    for kind, numbers in published.items():
+        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+        there = found.get(kind, 0)
+        if there in numbers: continue
+        expected = ' or '.join(f'{number:,}' for number in numbers)
+        self.notes.append(f'{kind}: {there:,} items; published: {expected}')
+
 # %% ../nbs/04a_reader.ipynb #740e1333
 # The mini world's suites are drawn, not read.
 WITHOUT_FILES = "load_benchmark('mini-winoground'), and the other suites of the mini world"
