@@ -121,11 +121,11 @@ def _right(scores, suite, use):
     image, right = _retrieval(scores[:, used], columns)
     return use[image], right
 
-# %% ../nbs/05d_evaluate.ipynb #57c2cc24
+# %% ../nbs/05d_evaluate.ipynb #ef1b7a3d
 def outcomes(scores:np.ndarray, # (items, images, candidates); retrieval: (images, captions)
              suite:Suite,       # that they belong to
             ) -> pd.DataFrame:  # item, cluster, tag, 'macro:NAME' a macro, a bool column a metric
-    "What was right, one row an item (retrieval: a caption). A cluster's items are not independent."
+    "What was right, one row an item (retrieval: a caption); items of a cluster are dependent."
     use = np.flatnonzero(_usable(suite))
     if not len(use): raise ValueError(f'{suite.name}: no item is left: {left_out(suite)[:3]}')
     scores = scores[suite.image_index[use, 0]] if suite.metric == 'retrieval' else scores[use]
@@ -224,9 +224,9 @@ def _tag_masks(table):
     if len(known) < 2: return {}
     return {tag: tags.map(lambda row: tag in row) for tag in known}
 
-# %% ../nbs/05d_evaluate.ipynb #830dc5cf
+# %% ../nbs/05d_evaluate.ipynb #8ff19f4d
 def metric_cells(outcomes:dict): # suite name -> DataFrame from `outcomes`
-    "Every (suite, metric, tag) with its cell: values, clusters, and the classes of a macro average."
+    "Every (suite, metric, tag) with its cell: values, clusters, and the classes of a macro mean."
     for suite, table in outcomes.items():
         masks, macros = _tag_masks(table), [c for c in table if c.startswith('macro:')]
         for metric in metric_columns(table):
