@@ -225,6 +225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                    'sdsclip_nb.losses.draw_noise': ('losses.html#draw_noise', 'sdsclip_nb/losses.py'),
                                    'sdsclip_nb.losses.empty_captions': ('losses.html#empty_captions', 'sdsclip_nb/losses.py'),
                                    'sdsclip_nb.losses.exchanged': ('losses.html#exchanged', 'sdsclip_nb/losses.py'),
+                                   'sdsclip_nb.losses.hardneg_loss': ('losses.html#hardneg_loss', 'sdsclip_nb/losses.py'),
+                                   'sdsclip_nb.losses.hardneg_term': ('losses.html#hardneg_term', 'sdsclip_nb/losses.py'),
                                    'sdsclip_nb.losses.needs_of': ('losses.html#needs_of', 'sdsclip_nb/losses.py'),
                                    'sdsclip_nb.losses.next_captions': ('losses.html#next_captions', 'sdsclip_nb/losses.py'),
                                    'sdsclip_nb.losses.own_captions': ('losses.html#own_captions', 'sdsclip_nb/losses.py'),

@@ -97,6 +97,7 @@ class Experiment(BaseModel):
     control: str = Field('none', description='captions the teacher is conditioned on')
     teacher: str|None = Field(None, description='diffusion model: a name, a folder or a hub id')
     lam: float|None = Field(None, ge=0, description='lambda, the weight of L_SDS')
+    hardneg_weight: float = Field(1., ge=0, description='weight of hardneg')
     grad: str|None = Field(None, description='gradient of L_SDS, through the teacher or without its Jacobian')
     weighting: str|None = Field(None, description='w(t) of L_SDS')
     timesteps: tuple[int, int] = Field((20, 980), description='first and last timestep of L_SDS, as 20,980')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'GRADIENTS', 'NEEDS', 'TERMS', 'CONTROLS', 'clip_loss', 'draw_noise', 'sds_loss', 'Step', 'Term', 'term',
            'clip_term', 'sds_term', 'exchanged', 'control', 'own_captions', 'next_captions', 'swapped_captions',
-           'empty_captions', 'teacher_captions', 'terms_of', 'needs_of', 'total_loss']
+           'empty_captions', 'teacher_captions', 'hardneg_loss', 'hardneg_term', 'terms_of', 'needs_of', 'total_loss']
 
 # %% ../nbs/02b_losses.ipynb #78818ad4
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from open_clip import ClipLoss
 
 from .experiment import Experiment, chosen, registry
 from .mini import exchanged_captions
+from .pairs import PAIRS
 from .words import exchanged_words
 
 # %% ../nbs/02b_losses.ipynb #ce20cd2a
@@ -170,7 +171,7 @@ def exchanged(captions:list,            # of str
               rng:np.random.Generator,  # picks one exchange of each caption
              ) -> list:                 # of str, None where nothing can be exchanged
     "One caption with exchanged words for each."
-    found = [_exchanges(caption, data.startswith('mini')) for caption in captions]
+    found = [_exchanges(caption, not PAIRS[data].has_folder) for caption in captions]
     return [options[rng.integers(len(options))] if options else None for options in found]
 
 # %% ../nbs/02b_losses.ipynb #97eff291
@@ -207,6 +208,26 @@ def teacher_captions(captions,     # of the batch
     if e.control not in CONTROLS:
         raise ValueError(f'control={e.control!r} is unknown: choose one of {", ".join(CONTROLS)}')
     return CONTROLS[e.control](captions, e.data, np.random.default_rng([e.seed, 2, number]))
+
+# %% ../nbs/02b_losses.ipynb #8589d3dc
+def hardneg_loss(image_features,     # (batch, width), any length
+                 text_features,      # (batch, width), any length
+                 exchanged_features, # (negatives, width), any length; None: no caption has an exchange
+                 logit_scale,        # exp of the temperature
+                ) -> torch.Tensor:   # scalar
+    "What captions with exchanged words add to L_CLIP as further negatives of every image."
+    if exchanged_features is None: return 0*image_features.sum()
+    images, texts, negatives = (F.normalize(features, dim=-1)
+                                for features in (image_features, text_features, exchanged_features))
+    of_batch = logit_scale*images @ texts.T
+    of_all = torch.cat([of_batch, logit_scale*images @ negatives.T], dim=1)
+    return (of_all.logsumexp(1) - of_batch.logsumexp(1)).mean()/2
+
+@term('hardneg', 'captions with exchanged words as further negatives', '$L_{hardneg}$',
+      weight='hardneg_weight', needs=('exchanged_captions',))
+def hardneg_term(step:Step) -> torch.Tensor:
+    "L_hardneg of a step."
+    return hardneg_loss(step.image_features, step.text_features, step.exchanged_features, step.logit_scale)
 
 # %% ../nbs/02b_losses.ipynb #44576d42
 def terms_of(e:Experiment) -> list: # of `Term`
