@@ -35,9 +35,7 @@ def _aro(name, root, file, entries, on_error, classes):
             image, *captions = need(entry, image_path=str, true_caption=str, false_caption=str)
             builder.add(where, k, [image], captions, folder='images', box=_box(entry), group=image,
                         macros=classes(entry))
-    if len(builder.items) != ARO_COUNTS[name]:
-        said = f'{len(builder.items):,} items of {name}; published: {ARO_COUNTS[name]:,}'
-        builder.notes.append(said)
+    builder.note_counts({name: len(builder.items)}, {name: ARO_COUNTS[name]})
     return builder.suite()
 
 # %% ../nbs/04d_aro.ipynb #3731b999

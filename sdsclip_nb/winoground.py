@@ -108,17 +108,14 @@ def winoground(root:Path,             # examples.jsonl and images/, or a copy of
         with builder.trying(where):
             _add_winoground(builder, where, entry, str if top else LazyImage, difficulty)
     found = Counter(item['tags'].split('|')[0] for item in builder.items)
-    if found != WINOGROUND_COUNTS:
-        said = [', '.join(f'{counts[k]} {k}' for k in WINOGROUND_COUNTS)
-                for counts in (found, WINOGROUND_COUNTS)]
-        builder.notes.append('{}; published: {}'.format(*said))
+    builder.note_counts(found, WINOGROUND_COUNTS)
     return builder.suite()
 
 # %% ../nbs/04b_winoground.ipynb #3865bbca
 _COLORSWAP_IMAGES = ('image_1', 'image_2')
 _COLORSWAP_TEXTS = ('caption_1', 'caption_2', 'image_source', 'caption_source')
 
-# %% ../nbs/04b_winoground.ipynb #b38dd452
+# %% ../nbs/04b_winoground.ipynb #55262f44
 def _colorswap_entries(root, split):
     "Name of the source, its entries, and the type of their images."
     file = root/f'{split}.json'
@@ -127,7 +124,7 @@ def _colorswap_entries(root, split):
     rows = hub_rows('colorswap', 'stanfordnlp/colorswap', split, root, columns)
     return split, rows_with_images(rows, _COLORSWAP_IMAGES), LazyImage
 
-# %% ../nbs/04b_winoground.ipynb #e7fa0e62
+# %% ../nbs/04b_winoground.ipynb #eb2155e1
 @benchmark('colorswap', 'which object has which of two colours',
            'Burapacheep et al. 2024, hub stanfordnlp/colorswap (gated)')
 def colorswap(root:Path,           # a copy of the hub's set, or the authors' archive
@@ -167,7 +164,7 @@ def _csv_rows(path:Path,     # with a line of column names
                         f'(there: {", ".join(there)}). Is this the right file?')
     return rows
 
-# %% ../nbs/04b_winoground.ipynb #14f53c68
+# %% ../nbs/04b_winoground.ipynb #176001b9
 def _statement(row):
     "(number, pattern, statement) of a row of Questions.csv."
     number, pattern, statement = need(row, **dict.fromkeys(_MMVP_COLUMNS, str))
@@ -177,7 +174,7 @@ def _statement(row):
         raise BadItem("'Type' or 'Statement' is empty. Fill it in, or remove the pair.")
     return int(number), pattern.strip(), statement.strip()
 
-# %% ../nbs/04b_winoground.ipynb #db733f63
+# %% ../nbs/04b_winoground.ipynb #8747a7c2
 def _statement_pair(rows):
     "(numbers, pattern, statements) of two rows that follow each other."
     if len(rows) < 2: raise BadItem('the second row is missing. Add it, or remove the first.')
@@ -223,7 +220,7 @@ class NpyFrame:
                           'not uint8 (height, width, 3). Fetch it again.')
         return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1]))
 
-# %% ../nbs/04b_winoground.ipynb #a03e798e
+# %% ../nbs/04b_winoground.ipynb #44749134
 def _frame(builder, name, folder):
     "An image of EqBen: an image file, or an array."
     image = file_image(builder, name, folder)
@@ -245,7 +242,7 @@ def _add_combination(pairs, entry):
         raise BadItem(f'{name} of pair {number} comes twice. Keep one of the entries.')
     pair |= {f'image{k}': image, f'caption{k}': caption}
 
-# %% ../nbs/04b_winoground.ipynb #baa6b7fb
+# %% ../nbs/04b_winoground.ipynb #a7cebbfa
 def _eqben_pairs(builder, file):
     "(where it stands, number, entry in the form of the subsets) of each pair of an annotation."
     entries, pairs = read_json_file(builder.root/file), {}
@@ -255,11 +252,11 @@ def _eqben_pairs(builder, file):
         with builder.trying(f'{file}, entry {k}'): _add_combination(pairs, entry)
     return [(f'{file}, pair {number}', number, pair) for number, pair in pairs.items()]
 
-# %% ../nbs/04b_winoground.ipynb #bc342174
+# %% ../nbs/04b_winoground.ipynb #cab117e6
 EQBEN_PARTS = ('eqbenag', 'eqbenyoucook2', 'eqbengebc', 'eqbenkubric_loc', 'eqbenkubric_attr',
                'eqbenkubric_cnt', 'eqbensd')
 
-# %% ../nbs/04b_winoground.ipynb #177cbe64
+# %% ../nbs/04b_winoground.ipynb #0d79dfc0
 def _eqben_item(entry):
     "The part, the names of the images, and the captions of an entry."
     *images, first, second = need(entry, image0=str, image1=str, caption0=object, caption1=object)
@@ -270,12 +267,12 @@ def _eqben_item(entry):
     captions = [text[0] if isinstance(text, list) and text else text for text in (first, second)]
     return part, images, captions
 
-# %% ../nbs/04b_winoground.ipynb #b0407b22
+# %% ../nbs/04b_winoground.ipynb #d844d09b
 _EQBEN_FILES = ('private_info_global.json', 'ann_json_finegrained_random.json',
                 'eqben_subset_10percent_final.json', 'all_select.json')  # largest first
 _EQBEN_FOLDERS = ('image_subset', 'images', 'image')
 
-# %% ../nbs/04b_winoground.ipynb #7e594191
+# %% ../nbs/04b_winoground.ipynb #0ccbbb77
 def _eqben_places(root, annotation, images):
     "File name of the annotation and folder of the images, as given or as found."
     there = [file for file in _EQBEN_FILES if (root/file).is_file()]
