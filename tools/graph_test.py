@@ -42,8 +42,8 @@ class Copy:
                 shutil.copy2(ROOT / name, folder / name)
         shutil.rmtree(folder / "figures", ignore_errors=True)
         self.edit("sdsclip_nb/plan.py", lambda text: text.replace(
-            "'gradient': ('varied', ['base', 'clip', 'sds', 'placebo', 'sds-gradient'], [])",
-            "'gradient': ('varied', ['base', 'clip', 'sds-gradient'], [])"))
+            "'varied', ('base', 'clip', 'sds', 'placebo', 'sds-gradient'),",
+            "'varied', ('base', 'clip', 'sds-gradient'),"))
         nb = nbformat.read(folder / "nbs/paper/gradient.ipynb", 4)
         keep = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
         nb.cells = [nbformat.v4.new_markdown_cell("# A small result"), keep, nbformat.v4.new_code_cell(RESULT)]
