@@ -210,7 +210,7 @@ def note_counts(self:Builder,
         there = found.get(kind, 0)
         if there in numbers: continue
         expected = ' or '.join(f'{number:,}' for number in numbers)
-        self.notes.append(f'{kind}: {there:,} items; published: {expected}')
+        self.notes.append(f'items of {kind}: {there:,}; published: {expected}')
 
 # %% ../nbs/04a_reader.ipynb #740e1333
 # The mini world's suites are drawn, not read.
