@@ -439,8 +439,11 @@ def refusals(nothing: Path) -> list[tuple[dict, list[str]]]:
             dict(scale="paper", data_root=nothing),
             ["captions_train2017.json", "train2017", "What works now: papermill"],
         ),
-        (dict(arch="ViT-B-33"), ["choose one of ViT-B-32"]),
-        (dict(loss="sds"), ["'clip' or 'clip+sds'"]),
+        (
+            dict(arch="ViT-B-33", loss="clip+sdss"),
+            ["2 wrong", "Did you mean ViT-B-32?", "Did you mean sds?"],
+        ),
+        (dict(lamda=3), ["lamda", "lam?"]),
         (dict(data="coco", data_root=nothing), [str(nothing), "cocodataset"]),
     ]
 
