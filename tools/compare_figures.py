@@ -1,6 +1,7 @@
-"""Hold the figures of another run (another machine, a fresh clone) against those in figures/, within the tolerance stated in 05_report.
+"""Compare the figures of another run (another machine, a fresh clone) with those in figures/.
 
-Both need the same seeds: the committed figures are of `make reproduce SEEDS=5 ARGS=extra_seeds=1`. Exits with 1 where something is beyond.
+The tolerance is the one stated in nbs/06a_report. Both need the same seeds: the committed figures
+are of `make reproduce SEEDS=5 ARGS=extra_seeds=1`. Exits with 1 where something is beyond.
 """
 import argparse
 import sys
@@ -10,11 +11,14 @@ from sdsclip_nb.report import compare_figures, TOLERANCE
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("there", type=Path, help="folder of the other figures")
-    parser.add_argument("--here", type=Path, default=Path("figures"), help="folder of these (default: figures)")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE,
-                        help=f"of a level, in shares of items; of a difference twice that (default {TOLERANCE})")
+    parser.add_argument(
+        "--here", type=Path, default=Path("figures"), help="folder of these (default: figures)")
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE,
+        help=f"of a level, in shares of items; of a difference twice that (default {TOLERANCE})")
     args = parser.parse_args()
     try:
         found = compare_figures(args.here.resolve(), args.there.resolve(), args.tolerance)
