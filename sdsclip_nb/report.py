@@ -42,18 +42,19 @@ class Runs:
         self.folder = from_root(self.folder)
         self.planned = plan(self.scale, self.seeds, self.other_seeds, self.extra_seeds)
 
-    def one(self,
-            name:str,     # 'STUDENT/TRAINING/seedN' or 'teacher:NAME'
-           ) -> Result:
-        "A measured model by its name in the plan."
-        path = self.folder/'outcomes'/name/'metrics.json'
-        if not path.is_file():
-            raise FileNotFoundError(f'{path} is missing: {name} was not measured. '
-                                    '`make reproduce` makes what is missing.')
-        self.read[name] = file_hash(path)
-        return Result.load(path.parent)
+@patch
+def one(self:Runs,
+        name:str,     # 'STUDENT/TRAINING/seedN' or 'teacher:NAME'
+       ) -> Result:
+    "A measured model by its name in the plan."
+    path = self.folder/'outcomes'/name/'metrics.json'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing: {name} was not measured. '
+                                '`make reproduce` makes what is missing.')
+    self.read[name] = file_hash(path)
+    return Result.load(path.parent)
 
-# %% ../nbs/06a_report.ipynb #f02c043d
+# %% ../nbs/06a_report.ipynb #82f7956a
 @patch
 def names(self:Runs,
           student:str,   # of the plan
@@ -67,6 +68,7 @@ def names(self:Runs,
     raise ValueError(f'{student} {training} is not in the plan of scale {self.scale!r}; '
                      f'it has of {student}: {known}')
 
+# %% ../nbs/06a_report.ipynb #f02c043d
 @patch
 def get(self:Runs,
         student:str,   # of the plan
@@ -75,7 +77,6 @@ def get(self:Runs,
     "The seeds of one student and training."
     return [self.one(name) for name in self.names(student, training)]
 
-# %% ../nbs/06a_report.ipynb #4a021465
 @patch
 def history(self:Runs,
             student:str,    # of the plan
@@ -104,7 +105,7 @@ def _level_rows(results, keys):
     n = [len(results[0].outcomes[suite]) for suite, _, _ in there]
     return table.loc[there].reset_index().assign(n=n)
 
-# %% ../nbs/06a_report.ipynb #6a7ac648
+# %% ../nbs/06a_report.ipynb #bd882cfd
 LEVEL_COLUMNS = ['student', 'training', *KEYS, 'n', 'seeds', 'value', 'sd', 'low', 'high',
                  'variation']
 
@@ -137,7 +138,7 @@ def _gap_rows(before, after, keys):
     table = table.loc[[key for key in keys if key in table.index]].reset_index()
     return table[[*KEYS, 'difference', 'low', 'high', 'p']].assign(seeds=n)
 
-# %% ../nbs/06a_report.ipynb #96d5c107
+# %% ../nbs/06a_report.ipynb #e2a40f96
 GAP_COLUMNS = ['student', 'before', 'after', *KEYS, 'seeds', 'difference', 'low', 'high', 'p']
 
 def gaps(runs:Runs,
@@ -155,7 +156,7 @@ def gaps(runs:Runs,
             out.append(rows.assign(student=student, before=pair[0], after=pair[1]))
     return pd.concat(out)[GAP_COLUMNS].reset_index(drop=True)
 
-# %% ../nbs/06a_report.ipynb #a6c872c8
+# %% ../nbs/06a_report.ipynb #c2dec003
 def in_words(table:pd.DataFrame,  # from `levels` or `gaps`
             ) -> pd.Series:       # of text
     "Each row as `evaluate.interval_text` writes it; differences in points."
@@ -164,6 +165,7 @@ def in_words(table:pd.DataFrame,  # from `levels` or `gaps`
     rows = zip(value, table.low, table.high)
     return pd.Series([interval_text(*row, points) for row in rows], table.index)
 
+# %% ../nbs/06a_report.ipynb #7592789a
 def named(table:pd.DataFrame, # from `levels` or `gaps`
           columns:dict,       # column -> (suite, metric) or (suite, metric, tag)
          ) -> pd.Series:      # of names
@@ -181,13 +183,14 @@ def wide(table:pd.DataFrame, # from `levels` or `gaps`, with a column `column` f
         index=index, columns='column', values='cell', aggfunc='first', sort=False)
     return cells[[column for column in columns if column in cells]].rename_axis(columns=None)
 
-# %% ../nbs/06a_report.ipynb #914d068a
+# %% ../nbs/06a_report.ipynb #06f5c8fe
 def seconds_an_item(result:Result, # measured
                     suite:str,     # one of its suites
                    ) -> float:
     "How long the result took for one item of a suite, as measured."
     return result.meta['details'][suite]['seconds']/len(result.outcomes[suite])
 
+# %% ../nbs/06a_report.ipynb #7222e43d
 def teacher_levels(runs:Runs,
                    teachers:list,                      # of `plan.TEACHERS_OF`
                    metrics=('text', 'image', 'group'), # of Winoground
@@ -215,7 +218,7 @@ def _write_table(table, path):
     kept.to_csv(path, index=False, float_format='%.6g')
     return kept
 
-# %% ../nbs/06a_report.ipynb #203dfdc7
+# %% ../nbs/06a_report.ipynb #66cb573c
 def write(record,              # from `begin`
           runs:Runs,           # whose `read` goes into the record
           table:pd.DataFrame,  # NAME.csv
@@ -246,7 +249,7 @@ def read(name:str,           # of the result
     if path.is_file(): return pd.read_csv(path)
     raise FileNotFoundError(f'{path} is missing: `make reproduce` writes it')
 
-# %% ../nbs/06a_report.ipynb #f871b539
+# %% ../nbs/06a_report.ipynb #50d876d7
 @dataclass
 class PageTables:
     "The tables of a page."
@@ -254,6 +257,7 @@ class PageTables:
     differences:pd.DataFrame       # from `gaps`, with `column` and `pair`
     skill:pd.DataFrame|None = None # from `teacher_levels`, with `column`
 
+# %% ../nbs/06a_report.ipynb #6a93dbfd
 def _measured(page, runs):
     metrics = page.columns.values()
     skill = teacher_levels(runs, page.teachers) if page.teachers else None
@@ -264,12 +268,13 @@ def _kept(name, page, figures):
     skill = read(name, figures, 'skill') if page.teachers else None
     return PageTables(read(name, figures), read(name, figures, 'differences'), skill)
 
+# %% ../nbs/06a_report.ipynb #fbd4ad8b
 def _name_columns(tables, columns):
     for table in (tables.levels, tables.differences): table['column'] = named(table, columns)
     tables.differences['pair'] = tables.differences.after + ' - ' + tables.differences.before
     if tables.skill is not None: tables.skill['column'] = tables.skill.metric
 
-# %% ../nbs/06a_report.ipynb #0a52cdac
+# %% ../nbs/06a_report.ipynb #4fa70887
 LEVELS = '**Levels**: share of items right'
 DIFFERENCES = '**Differences**: paired, in points'
 SKILL = '**Teachers**: share of Winoground items right by the denoising score'
@@ -285,7 +290,7 @@ def _show_tables(tables, page):
     display(Markdown(SKILL + ', with 95 % intervals over test items.'))
     display(wide(tables.skill, 'teacher', dict.fromkeys(tables.skill.column)))
 
-# %% ../nbs/06a_report.ipynb #8fe63555
+# %% ../nbs/06a_report.ipynb #acf8d909
 def result_page(name:str,               # of `plan.RESULTS`
                 results=None,           # folder of measured runs; None: read `figures`
                 scale:str='mini',       # 'mini' or 'paper'
@@ -323,6 +328,7 @@ def _numbers(path):
     about = [c for c in table if c in ('n', 'seeds', 'target', *words)]
     return column, table.set_index(about)[column]
 
+# %% ../nbs/06a_report.ipynb #ed4994ee
 def _compare_tables(name, here, there, tolerance):
     "A row of `compare_figures`; None: neither file holds levels or differences."
     if here is None and there is None: return None
@@ -334,7 +340,7 @@ def _compare_tables(name, here, there, tolerance):
     allowed = tolerance*(2 if column == 'difference' else 1)
     return name, len(both), missing, largest, not missing and largest <= allowed
 
-# %% ../nbs/06a_report.ipynb #bfc9255a
+# %% ../nbs/06a_report.ipynb #3f23bcca
 def compare_figures(here,                     # folder of figures
                     there,                    # another, of the same seeds and scale
                     tolerance:float=TOLERANCE, # of a level; of a difference twice that
@@ -365,7 +371,7 @@ def published(name:str,         # of a file in data/published
     table = pd.read_csv(path)
     return table.assign(mark=table.mark.map(MARKS))
 
-# %% ../nbs/06a_report.ipynb #eee9c5f4
+# %% ../nbs/06a_report.ipynb #b7d42edf
 class Rule(NamedTuple):
     "When a claim holds and when it does not, of arrays in points: difference, low, high."
     words:str
@@ -374,6 +380,7 @@ class Rule(NamedTuple):
 
 def _above_zero(low, p): return (low > 0).all() and p < .05
 
+# %% ../nbs/06a_report.ipynb #eee9c5f4
 RULES = {
     'gain': Rule(
         'holds: every 95 % interval lies above zero and p < 0.05; does not hold: some interval '
@@ -396,7 +403,7 @@ RULES = {
         lambda difference, low, high, margin, p: _above_zero(low, p),
         lambda difference, low, high, margin, p: (high < 0).any())}
 
-# %% ../nbs/06a_report.ipynb #c6f6d779
+# %% ../nbs/06a_report.ipynb #ba4947ae
 def verdict(rule:str,             # of `RULES`
             table:pd.DataFrame,   # difference, low, high of each, in shares
             p:float,              # corrected
@@ -411,7 +418,7 @@ def verdict(rule:str,             # of `RULES`
     if RULES[rule].holds(*points, margin, p): return 'holds'
     return 'does not hold' if RULES[rule].fails(*points, margin, p) else 'undecided'
 
-# %% ../nbs/06a_report.ipynb #43bdd032
+# %% ../nbs/06a_report.ipynb #40a141bf
 def _range(found):
     "The smallest and the largest difference, in points."
     if not len(found): return ''
@@ -419,9 +426,13 @@ def _range(found):
     return points[0] if len(found) == 1 else ' to '.join(points)
 
 def _lowest(found):
+    "The smallest difference, with its interval."
     if not len(found): return ''
     return in_words(found.loc[[found.difference.idxmin()]]).iloc[0]
 
+def _seeds(found): return ' or '.join(map(str, sorted(set(found.seeds)))) if len(found) else ''
+
+# %% ../nbs/06a_report.ipynb #43bdd032
 def judge(claims:pd.DataFrame, # claim, published, mark, rule, margin, about: `published('claims')`
           found:dict,          # claim -> its differences from `gaps`, or an empty table
          ) -> pd.DataFrame:    # a row a claim
@@ -432,9 +443,8 @@ def judge(claims:pd.DataFrame, # claim, published, mark, rule, margin, about: `p
     about, out = ['claim', 'published', 'mark', 'rule', 'margin', 'about'], []
     for (_, claim), corrected in zip(claims.iterrows(), p):
         differences = found[claim.claim]
-        seeds = ' or '.join(map(str, sorted(set(differences.seeds)))) if len(differences) else ''
-        said = verdict(claim.rule, differences, corrected, claim.margin)
         out.append(claim[about].to_dict() | dict(
-            ours=_range(differences), difference=_lowest(differences), p=corrected, seeds=seeds,
-            verdict=said))
+            ours=_range(differences), difference=_lowest(differences), p=corrected,
+            seeds=_seeds(differences),
+            verdict=verdict(claim.rule, differences, corrected, claim.margin)))
     return pd.DataFrame(out)
