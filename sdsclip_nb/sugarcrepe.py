@@ -116,7 +116,7 @@ def sugarcrepe(root:Path,             # the seven files, and val2017/
 _SUGARCREPE_PP = ('Dumpala et al. 2024, repository Sri-Harsha/scpp, data/, '
                   'or hub Aman-J/SugarCrepe_pp')
 
-# %% ../nbs/04c_sugarcrepe.ipynb #1076482f
+# %% ../nbs/04c_sugarcrepe.ipynb #f37b999d
 def _note_hopeless(builder):
     "Name the items whose wrong caption has the words of a true one."
     hopeless = [item['id'] for item in builder.items if item['captions'][2] in item['captions'][:2]]
@@ -125,7 +125,7 @@ def _note_hopeless(builder):
     builder.notes.append('items counted as wrong since their wrong caption has the words of a true '
                          f'one: {len(hopeless)} ({named})')
 
-# %% ../nbs/04c_sugarcrepe.ipynb #203aa9fe
+# %% ../nbs/04c_sugarcrepe.ipynb #c0c02f63
 @benchmark('sugarcrepe++', 'two true captions in different words, both to be above a wrong one',
            _SUGARCREPE_PP,
            {'*.json': f'{_SUGARCREPE_PP}: {", ".join(f"{f}.json" for f in SUGARCREPE_PP)}'},
@@ -153,7 +153,7 @@ _BIVLC_KINDS = ('add-att', 'add-obj', 'replace-att', 'replace-obj', 'replace-rel
 _BIVLC_IMAGES = dict(image=LazyImage, negative_image=LazyImage)
 _BIVLC_TEXTS = dict(caption=str, negative_caption=str, type=str, subtype=str)
 
-# %% ../nbs/04c_sugarcrepe.ipynb #000aecab
+# %% ../nbs/04c_sugarcrepe.ipynb #4727149d
 def _bivlc_item(row):
     "The images, the captions and the tags of a row."
     images = need(row, **_BIVLC_IMAGES)
@@ -163,7 +163,7 @@ def _bivlc_item(row):
                       f'not one of {", ".join(_BIVLC_KINDS)}. Correct or remove the row.')
     return images, captions, [kind, f'{kind}-{part}']
 
-# %% ../nbs/04c_sugarcrepe.ipynb #28d35ee0
+# %% ../nbs/04c_sugarcrepe.ipynb #6ebd3707
 @benchmark('bivlc', 'SugarCrepe with an image for the wrong caption too',
            'Miranda et al. 2024, hub imirandam/BiVLC')
 def bivlc(root:Path,            # a copy of the hub's set; absent: the hub

@@ -94,9 +94,9 @@ def _class_names(dataset, class_names):
     try: return [check_caption(name) for name in names]
     except BadItem as e: raise DataError(f'class names: {e}') from None
 
-# %% ../nbs/04h_zeroshot.ipynb #5f505e3d
+# %% ../nbs/04h_zeroshot.ipynb #4281eaf5
 def _classes_apart(names):
-    "Class names told apart where two are the same, and those that come twice."
+    "Class names, numbered where two are the same, and those that come twice."
     twice = {name for name, n in Counter(names).items() if n > 1}
     apart = [f'{name} ({i})' if name in twice else name for i, name in enumerate(names)]
     return np.array(apart), sorted(twice)
@@ -116,7 +116,7 @@ def _suite(name, images, labels, names, templates, intake, notes):
 # %% ../nbs/04h_zeroshot.ipynb #b2480ebe
 def zeroshot_suite(name:str,              # of the suite
                    dataset,               # a torchvision data set
-                   root:Path,             # names of images are told from here
+                   root:Path,             # image names are relative to it
                    on_error:str='raise',  # or 'skip': missing images are left out
                    class_names=None,      # in the order of the labels; None: the data set's
                    templates=None,        # with '{}' or '{c}'; None: the data set's
