@@ -233,8 +233,9 @@ def _folder_names(folders, class_names):
     if isinstance(class_names, (str, Path)):
         try: class_names = json.loads(Path(class_names).read_text('utf-8-sig'))
         except (OSError, ValueError) as e:
-            said = f'class_names={class_names}: no JSON can be read there ({e}).'
-            raise DataError(said) from None
+            why = getattr(e, 'strerror', None) or e
+            raise DataError(f'class_names={class_names}: no JSON can be read there ({why}). '
+                            'Give a JSON file with a list, or with a name for each folder.') from None
     if not isinstance(class_names, dict): return list(class_names)
     lacking = [folder for folder in folders if folder not in class_names]
     if lacking:
