@@ -30,7 +30,7 @@ def student_settings(student:str,      # one of the five, or of `OPEN`
     raise ValueError(f'student={student!r} is not in the plan of scale {scale!r}: '
                      f'choose one of {", ".join(known)}')
 
-# %% ../nbs/06_plan.ipynb #6ba14398
+# %% ../nbs/06_plan.ipynb #5e7a0920
 def students_of(group:str,        # five, open, all, carrying, varied, wide, or a student
                 scale:str='mini', # 'mini' or 'paper'
                ) -> list:         # names of students
@@ -54,7 +54,7 @@ MAIN = {
 
 def _lambdas(values): return {f'sds-lambda-{value:g}': dict(lam=value) for value in values}
 
-# %% ../nbs/06_plan.ipynb #c3040264
+# %% ../nbs/06_plan.ipynb #dec811af
 VARIANTS = {  # scale -> training -> what it changes; the loss is clip+sds unless it says so
     'mini': {
         'sds-teacher-v': dict(teacher='mini-v', students='wide'),
@@ -143,7 +143,7 @@ WINOGROUND = {  # scale -> (suite for students, suite for teachers)
     'mini': ('mini-winoground-large', 'mini-winoground'),
     'paper': ('winoground', 'winoground')}
 
-# %% ../nbs/06_plan.ipynb #0df77254
+# %% ../nbs/06_plan.ipynb #d7a576c3
 TEACHERS_OF = {  # scale -> name in the plan -> teacher
     'mini': {'teacher': 'mini', 'v': 'mini-v', '1000': 'mini-1000', '500': 'mini-500',
              'random': 'random:mini'},
@@ -179,14 +179,14 @@ def columns_named(*patterns:str # names in `COLUMNS`, or patterns such as 'order
     return {scale: {column: known[column] for column in _matching(patterns, known)}
             for scale, known in COLUMNS.items()}
 
-# %% ../nbs/06_plan.ipynb #4c2f786c
+# %% ../nbs/06_plan.ipynb #b00e2827
 BINDING = columns_named('text', 'image', 'relation', 'attribution', 'R@1')
 BINDING_AND_ORDER = columns_named('text', 'image', 'relation', 'attribution', 'order', 'R@1')
 ORDER = {scale: columns | {f'{column}, ties right': (suite, 'ties_right')
                            for column, (suite, _) in columns.items()}
          for scale, columns in columns_named('order*').items()}
 
-# %% ../nbs/06_plan.ipynb #8e35b0c1
+# %% ../nbs/06_plan.ipynb #b9f43f22
 _TAGS = {'overall': 'all', 'object': 'Object', 'relation': 'Relation', 'both': 'Both'}
 _PREDICATES = {'one predicate': '1 main pred', 'two predicates': '2 main preds'}
 
@@ -203,7 +203,7 @@ TABLE1 = {
             'aro-relation', 'correct', 'macro without symmetric'),
         'VG-Attribution, macro': ('aro-attribution', 'correct', 'macro (pairs of 25 or more)')}}
 
-# %% ../nbs/06_plan.ipynb #d5d66b6d
+# %% ../nbs/06_plan.ipynb #b3378b79
 @dataclass(frozen=True)
 class ResultPage:
     "What a result is made of. Trainings and teachers may be patterns: 'sds-lambda-*'."
@@ -227,7 +227,7 @@ class ResultPage:
                        columns=columns, panels=[*(self.panels or columns)],
                        teachers=_matching(self.teachers, TEACHERS_OF[scale]))
 
-# %% ../nbs/06_plan.ipynb #dbb7e4b4
+# %% ../nbs/06_plan.ipynb #fa3c5a86
 TEACHER_CLAIM = "The teacher's denoising score"
 CLAIMS = {  # beginning of a claim -> (students, (training before, training after), columns)
     'Winoground text score rises': ('five', ('base', 'sds'), columns_named('text')),
@@ -263,7 +263,7 @@ RESULTS = {  # notebook -> what it is made of
         (('base', 'sds'), ('clip', 'sds'), ('placebo', 'sds'), ('base', 'clip')),
         BINDING_AND_ORDER, SHOWN)}
 
-# %% ../nbs/06_plan.ipynb #d496dea3
+# %% ../nbs/06_plan.ipynb #e5fb57f7
 RESULTS |= {  # what changes one setting of the method
     'teachers': ResultPage(
         'wide', (*MAIN, 'sds-teacher-v', 'sds-teacher-random'),
@@ -286,7 +286,7 @@ RESULTS |= {  # what changes one setting of the method
         columns=columns_named(*SHOWN),
         teachers=('random', '500', '1000', 'teacher', 'v'))}  # from knowing nothing upward
 
-# %% ../nbs/06_plan.ipynb #431485ec
+# %% ../nbs/06_plan.ipynb #84a5f162
 RESULTS |= {  # what is no table of levels and differences
     'curves': ResultPage('five', ('clip', 'sds', 'placebo')),
     'probes': ResultPage(
@@ -295,7 +295,7 @@ RESULTS |= {  # what is no table of levels and differences
         'all', tuple(dict.fromkeys(name for _, pair, _ in CLAIMS.values() for name in pair)),
         teachers=('teacher',))}
 
-# %% ../nbs/06_plan.ipynb #f04648de
+# %% ../nbs/06_plan.ipynb #1405ffba
 def result_needs(name:str,           # of `RESULTS`
                  scale:str='mini',   # 'mini' or 'paper'
                  seeds:int=3,        # as in `plan`
