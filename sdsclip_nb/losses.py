@@ -110,7 +110,7 @@ class Step:
     teacher_captions:list|None = None  # of str, under the run's control
     latents:torch.Tensor|None = None   # (batch, *latent_shape): h_w(f_phi(x))
     image_latents:torch.Tensor|None = None      # (batch, *latent_shape)
-    exchanged_features:torch.Tensor|None = None # (captions with an exchange, embed_dim)
+    exchanged_features:torch.Tensor|None = None # (exchanged captions, embed_dim)
 
     def generator(self) -> torch.Generator:
         "Of what is random in this step; the same for every term and every loss."
@@ -162,17 +162,16 @@ def sds_term(step:Step) -> torch.Tensor:
 
 # %% ../nbs/02b_losses.ipynb #d56c38d3
 @lru_cache(maxsize=200_000)
-def _exchanges(caption, mini):
+def _exchanges(caption, drawn):
     "Captions with exchanged words; found once for each caption of a run."
-    return exchanged_captions(caption) if mini else exchanged_words([caption], n=3)[0]
+    return exchanged_captions(caption) if drawn else exchanged_words([caption], n=3)[0]
 
-def exchanged(captions:list,            # of str
-              data:str,                 # their source: a key of `PAIRS`
-              rng:np.random.Generator,  # picks one exchange of each caption
-             ) -> list:                 # of str, None where nothing can be exchanged
-    "One caption with exchanged words for each."
-    found = [_exchanges(caption, not PAIRS[data].has_folder) for caption in captions]
-    return [options[rng.integers(len(options))] if options else None for options in found]
+def exchanged(captions:list, # of str
+              data:str,      # their source: a key of `PAIRS`
+             ) -> list:      # of list of str, empty where nothing can be exchanged
+    "The captions with exchanged words of each caption."
+    drawn = not PAIRS[data].has_folder  # a caption of the mini world says its scene
+    return [_exchanges(caption, drawn) for caption in captions]
 
 # %% ../nbs/02b_losses.ipynb #97eff291
 CONTROLS = registry('control')  # name -> (captions, data, rng) -> captions the teacher is conditioned on
@@ -193,8 +192,10 @@ def next_captions(captions, data, rng): return [*captions[1:], *captions[:1]]
 
 @control('swapped-captions')
 def swapped_captions(captions, data, rng):
-    backwards = (' '.join(reversed(caption.split())) for caption in captions)
-    return [swapped or back for swapped, back in zip(exchanged(captions, data, rng), backwards)]
+    def pick(caption, options):
+        if not options: return ' '.join(reversed(caption.split()))
+        return options[rng.integers(len(options))]
+    return [pick(*pair) for pair in zip(captions, exchanged(captions, data))]
 
 @control('empty-caption')
 def empty_captions(captions, data, rng): return ['']*len(captions)

@@ -239,11 +239,9 @@ def seen_by_teacher(parts:Parts,
     return parts.teacher.decode(latents)
 
 # %% ../nbs/02c_training.ipynb #88c8eae5
-def _exchanged_tokens(parts, captions, number):
-    "(captions with an exchange, length) token ids of captions with exchanged words; None where there is none."
-    e = parts.experiment
-    found = exchanged(captions, e.data, np.random.default_rng([e.seed, 3, number]))
-    found = [caption for caption in found if caption is not None]
+def _exchanged_tokens(parts, captions):
+    "(exchanged captions, length) token ids; None where nothing can be exchanged."
+    found = [caption for options in exchanged(captions, parts.experiment.data) for caption in options]
     return parts.student.tokenizer(found).to(parts.device) if found else None
 
 def make_step(parts:Parts,
@@ -254,7 +252,7 @@ def make_step(parts:Parts,
     "What the terms of the loss see of one batch."
     e, needs, captions = parts.experiment, parts.needs, batch['caption']
     inputs = [batch['image'].to(parts.device), batch['text'].to(parts.device)]
-    if 'exchanged_captions' in needs: inputs.append(_exchanged_tokens(parts, captions, number))
+    if 'exchanged_captions' in needs: inputs.append(_exchanged_tokens(parts, captions))
     step = Step(e, number, captions, **module(*inputs))
     if 'teacher' in needs:
         step.teacher, step.teacher_captions = parts.teacher, teacher_captions(captions, e, number)
