@@ -66,14 +66,20 @@ def find_problems(settings:dict # name -> value, as given
     "What is wrong with the settings of a run, one line each."
     given = {name: value for name, value in settings.items() if value is not None}
     problems = setting_problems(given)
-    fields = Experiment.model_fields
-    e = Experiment(**{k: v for k, v in given.items() if k not in problems and k in fields})
-    problems |= choice_problems(e) | _folder_problems(e)
+    e = _without(given, problems)
+    problems |= choice_problems(e)
+    e = _without(given, problems)  # a wrong choice must not hide what else is wrong
+    problems |= _folder_problems(e)
     checks = dict(arch=(student_source, e.arch, e.scale, e.pretrained), device=(pick_device, e.device))
-    if 'loss' not in problems and 'teacher' in needs_of(e): checks['teacher'] = (teacher_source, _plain(e.teacher))
+    if 'teacher' in needs_of(e): checks['teacher'] = (teacher_source, _plain(e.teacher))
     for name, check in checks.items():
         if problem := _error_of(*check): problems.setdefault(name, problem)
     return list(problems.values()), e
+
+def _without(given, problems):
+    "The settings, with the default in place of each that is wrong."
+    fields = Experiment.model_fields
+    return Experiment(**{k: v for k, v in given.items() if k not in problems and k in fields})
 
 def _plain(teacher): return teacher.removeprefix(RANDOM)
 
@@ -106,8 +112,7 @@ def check_run(hub:bool|None=None, # does the hub answer? None: try, where it mat
     "The settings of a run that can start. Raises one error that names everything wrong or missing."
     problems, e = find_problems(settings)
     problems += also
-    known = not choice_problems(e)
-    lacking = missing(e, hub) if known else []
+    lacking = missing(e, hub)
     if not problems and not lacking: return e
     lines = [f'{k}. {line}' for k, line in enumerate([*problems, *lacking], 1)]
     head = f'scale={e.scale!r} cannot run here: {len(problems)} wrong, {len(lacking)} missing.'
