@@ -67,6 +67,7 @@ VARIANTS = {  # scale -> training -> what it changes; the loss is clip+sds unles
         'clip-all': dict(loss='clip', trainable='all', lr=3e-4),
         'sds-all': dict(trainable='all', lr=3e-4),
         'sds-visual': dict(trainable='norm-visual'),
+        'hardneg': dict(loss='clip+hardneg'),
         **_lambdas([1., 100., 300.])},
     'paper': {
         'sds-teacher-v': dict(teacher='sd-v2-1', students='wide'),
@@ -77,6 +78,7 @@ VARIANTS = {  # scale -> training -> what it changes; the loss is clip+sds unles
         'clip-all': dict(loss='clip', trainable='all', lr=5e-6),
         'sds-all': dict(trainable='all', lr=5e-6),
         'sds-visual': dict(trainable='norm-visual'),
+        'hardneg': dict(loss='clip+hardneg'),
         **_lambdas([1e-4, 1e-2, 1e-1])}}
 
 # %% ../nbs/06_plan.ipynb #6caa1d3e
