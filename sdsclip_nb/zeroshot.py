@@ -235,7 +235,7 @@ def _folder_names(folders, class_names):
         except (OSError, ValueError) as e:
             why = getattr(e, 'strerror', None) or e
             raise DataError(f'class_names={class_names}: no JSON can be read there ({why}). '
-                            'Give a JSON file with a list, or with a name for each folder.') from None
+                            'Give a file with a list, or a name for each folder.') from None
     if not isinstance(class_names, dict): return list(class_names)
     lacking = [folder for folder in folders if folder not in class_names]
     if lacking:
