@@ -32,10 +32,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from .batches import PairBatches
 from .experiment import (
     RANDOM, Experiment, choice_problems, from_root, nearest, run_name, setting_problems, settings_digest)
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
-from .pairs import PAIRS, PairBatches, Pairs, find_pairs, load_pairs, missing_data
+from .pairs import PAIRS, Pairs, find_pairs, load_pairs, missing_data
 from .record import (
     MINI_COMMAND, Missing, MissingError, Record, cuda_devices, folder_problem, hub_reachable,
     pick_device, start_record)
