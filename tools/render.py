@@ -18,6 +18,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"\d+/\d+ \[\d+:\d+")  # a progress bar that was replaced in place
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -47,6 +48,11 @@ def overwrite(text: str) -> str:
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 
+def is_progress(out) -> bool:
+    "Is this output the last state of a progress bar?"
+    return out.output_type == "display_data" and bool(PROGRESS.search(out.get("data", {}).get("text/plain", "")))
+
+
 def tidy(nb) -> None:
     "Remove stderr, widgets, progress bars and the traces of papermill and jupytext from `nb`"
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
@@ -62,7 +68,7 @@ def tidy(nb) -> None:
                 out.text = overwrite(out.text)
                 if out.name == "stderr" or not out.text.strip():
                     continue
-            elif WIDGET in out.get("data", {}):
+            elif WIDGET in out.get("data", {}) or is_progress(out):
                 continue
             kept.append(out)
         cell.outputs = kept
