@@ -48,7 +48,8 @@ def cuda_devices() -> int: # as the driver counts them
         try: cuda = ctypes.CDLL(name)
         except OSError: continue
         count = ctypes.c_int(0)
-        if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0: return count.value
+        if cuda.cuInit(0) != 0: continue
+        if cuda.cuDeviceGetCount(ctypes.byref(count)) == 0: return count.value
     return 0
 
 # %% ../nbs/00a_record.ipynb #b0011735
@@ -93,7 +94,7 @@ def _assigned(source) -> list:
 
 def check_parameters(cells:list|None=None # sources run so far; None: this notebook's
                     ):
-    "Raise `ValueError` for a parameter that papermill was given and the notebook does not have."
+    "Raise `ValueError` for a parameter that was passed and the notebook does not have."
     if cells is None:
         from IPython import get_ipython
         shell = get_ipython()
@@ -101,9 +102,11 @@ def check_parameters(cells:list|None=None # sources run so far; None: this noteb
     first = next((k for k, source in enumerate(cells) if source.startswith('# Parameters\n')), None)
     if first is None: return  # none given
     known = [name for source in cells[:first] for name in _assigned(source)]
-    wrong = [name for name in _assigned(cells[first]) if name not in known]
-    lines = [f'{name}: this notebook has no such parameter.{nearest(name, known)}' for name in wrong]
-    if wrong: raise ValueError('\n'.join([*lines, f'It has {", ".join(known)}.']))
+    unknown = [name for name in _assigned(cells[first]) if name not in known]
+    if not unknown: return
+    lines = [f'{name}: this notebook has no such parameter.{nearest(name, known)}'
+             for name in unknown]
+    raise ValueError('\n'.join([*lines, f'It has {", ".join(known)}.']))
 
 # %% ../nbs/00a_record.ipynb #36be978b
 PACKAGES = ('torch', 'open_clip_torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'scipy')
@@ -116,14 +119,18 @@ def versions() -> dict:
         except PackageNotFoundError: pass
     return out
 
-def commit() -> dict:
-    "The commit, and whether tracked files differ from it; those in figures/ are results and do not count."
+# %% ../nbs/00a_record.ipynb #e77d22d7
+def commit() -> dict: # commit and dirty; both None outside a git clone
+    "The commit, and whether tracked files differ from it; those in figures/ do not count."
     def git(*args):
-        return subprocess.run(['git', *args], cwd=repo_root(), capture_output=True, text=True, timeout=10)
+        return subprocess.run(
+            ['git', *args], cwd=repo_root(), capture_output=True, text=True, timeout=10)
+
     try: head = git('rev-parse', 'HEAD')
     except (OSError, subprocess.TimeoutExpired): return dict(commit=None, dirty=None)
     if head.returncode: return dict(commit=None, dirty=None)
-    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.', ':(exclude)figures').stdout
+    not_results = ('--', '.', ':(exclude)figures')
+    changed = git('status', '--porcelain', '--untracked-files=no', *not_results).stdout
     return dict(commit=head.stdout.strip(), dirty=bool(changed.strip()))
 
 # %% ../nbs/00a_record.ipynb #fe2c6996
@@ -160,10 +167,12 @@ class Record:
     values:dict|None=None     # what came out
 
     def finish(self, **values):
+        "Note the seconds and what came out."
         self.seconds, self.values = round(time.time() - self.started, 1), values
         return self
 
     def to_dict(self) -> dict:
+        "For JSON; the start as a date in UTC."
         started = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(self.started))
         return {**self.__dict__, 'started': started}
 
@@ -209,6 +218,7 @@ def notebook_imports(path # of a notebook
     sources = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
     return set().union(*map(_imported, sources))
 
+# %% ../nbs/00a_record.ipynb #f0544a45
 def module_closure(modules,      # names of modules of the package
                    leave_out=(), # that decide no number
                   ) -> list:     # of names, sorted
