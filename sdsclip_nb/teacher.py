@@ -24,17 +24,19 @@ from .record import Missing, file_hash, in_cache
 # %% ../nbs/02_teacher.ipynb #ad2916f4
 def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
                   ) -> str: # what diffusers' `from_pretrained` takes
-    "Resolve a teacher's name; folders in the repository become absolute. Raises `FileNotFoundError`."
+    "Resolve a teacher's name; a folder becomes absolute. Raises `FileNotFoundError`."
     source = TEACHERS.get(name, name)
     here = repo_root()/source
     if here.is_dir():
         if not any((here/f).is_file() for f in TEACHER_FILES):
-            raise FileNotFoundError(f'{source} is not a diffusers pipeline folder: model_index.json is missing. '
-                                    f'Save one with pipeline.save_pretrained({source!r}).')
+            raise FileNotFoundError(
+                f'{source} is not a diffusers pipeline folder: model_index.json is missing. '
+                f'Save one with pipeline.save_pretrained({source!r}).')
         return str(here)
     if Path(source).is_absolute() or source.count('/') != 1 or source.startswith('.'):
-        raise FileNotFoundError(f'teacher={name!r}: no such folder.{nearest(name, TEACHERS)} Give one of '
-                                f'{", ".join(TEACHERS)}, a diffusers pipeline folder, or a hub id like owner/name.')
+        raise FileNotFoundError(
+            f'teacher={name!r}: no such folder.{nearest(name, TEACHERS)} Give one of '
+            f'{", ".join(TEACHERS)}, a diffusers pipeline folder, or a hub id like owner/name.')
     return source
 
 # %% ../nbs/02_teacher.ipynb #c44e1981
@@ -50,13 +52,13 @@ def missing_teacher(name:str, # as in `load_teacher`
 
 def teacher_hash(name:str # as in `load_teacher`
                 ) -> str|None:
-    "SHA-256 of the denoiser's files for a teacher that lies in a folder; None for one from the hub."
+    "SHA-256 of the denoiser's files of a teacher in a folder; None for one from the hub."
     folder = from_root(TEACHERS.get(name, name))/'unet'
     return file_hash(folder) if folder.is_dir() else None
 
 # %% ../nbs/02_teacher.ipynb #1a231b69
 class Teacher:
-    "A frozen diffusion model made of diffusers' parts: `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler`."
+    "A frozen diffusion model of diffusers' parts. Raises `ValueError` for one it cannot use."
     def __init__(self,
                  pipeline,            # a diffusers text-to-image pipeline with a UNet
                  device='cpu',        # where it computes
@@ -68,7 +70,8 @@ class Teacher:
             setattr(self, part, getattr(pipeline, part))
         self.pipeline, self.name = pipeline, name
         self.device, self.dtype = torch.device(device), dtype
-        self.scheduler = DDPMScheduler.from_config(self.scheduler.config)  # sampling schedulers share its betas
+        # whatever sampler the pipeline has, its configuration holds the betas of training
+        self.scheduler = DDPMScheduler.from_config(self.scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in ('epsilon', 'v_prediction'):
             raise ValueError(f'teacher {name!r} predicts {self.prediction_type!r}; '
@@ -103,7 +106,7 @@ def __repr__(self:Teacher):
 # %% ../nbs/02_teacher.ipynb #ab310394
 @contextmanager
 def _quiet():
-    "A pipeline whose text encoder is not CLIP's is opened on purpose; diffusers would warn of it each time."
+    "Without diffusers' warning of a text encoder that is not CLIP's, which is no mistake here."
     loggers = diffusers.utils.logging, transformers.utils.logging
     before = [logger.get_verbosity() for logger in loggers]
     for logger in loggers:
@@ -116,22 +119,24 @@ def _quiet():
             logger.enable_progress_bar()
 
 def _open_pipeline(source, **kwargs):
-    "The pipeline in a folder or on the hub; a folder with only a UNet takes the mini teacher's other parts."
+    "The pipeline in a folder or on the hub; a UNet alone takes the mini teacher's other parts."
     if not (Path(source)/'model_index.json').is_file() and (Path(source)/'unet').is_dir():
         dtype = kwargs.get('torch_dtype', torch.float32)
-        kwargs['unet'] = UNet2DConditionModel.from_pretrained(source, subfolder='unet', torch_dtype=dtype)
+        kwargs['unet'] = UNet2DConditionModel.from_pretrained(
+            source, subfolder='unet', torch_dtype=dtype)
         kwargs['scheduler'] = DDPMScheduler.from_pretrained(source, subfolder='scheduler')
         source = teacher_source('mini')
     return DiffusionPipeline.from_pretrained(
-        source, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **kwargs)
+        source, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        **kwargs)
 
 # %% ../nbs/02_teacher.ipynb #59a3af15
-def load_teacher(name:str='mini',     # a key of `TEACHERS`, a folder or a hub id; 'random:' before it: fresh weights
+def load_teacher(name:str='mini',     # of `TEACHERS`, a folder, a hub id; or 'random:' and one
                  device='cpu',        # where it computes
                  dtype=torch.float32, # float16 halves the memory on a GPU
                  **kwargs,            # to diffusers' `from_pretrained`, e.g. revision, variant
                 ) -> Teacher:
-    "Open a teacher by name, path or hub id."
+    "Open a teacher by name, path or hub id. Raises `FileNotFoundError`, `ValueError`."
     if dtype != torch.float32: kwargs['torch_dtype'] = dtype
     with _quiet(): pipeline = _open_pipeline(teacher_source(name.removeprefix(RANDOM)), **kwargs)
     pipeline.set_progress_bar_config(disable=True)
@@ -156,6 +161,7 @@ def image_size(self:Teacher) -> int:
     "Pixels a side of the images its VAE takes."
     return self.unet.config.sample_size*2**(len(self.vae.config.block_out_channels) - 1)
 
+# %% ../nbs/02_teacher.ipynb #daa246fd
 def _square(image, size):
     "A PIL image: the short side resized to `size`, then the middle."
     if image.size == (size, size): return image
@@ -165,10 +171,14 @@ def _square(image, size):
     left, top = (width - size)//2, (height - size)//2
     return image.crop((left, top, left + size, top + size))
 
+def _rgb(image):
+    "A PIL image, also from a (height, width, 3) uint8 array."
+    if isinstance(image, Image.Image): return image.convert('RGB')
+    return Image.fromarray(np.asarray(image))
+
 def _pixels(images, size):
     "uint8 arrays (n, height, width, 3) or PIL images -> (n, 3, size, size) float in -1..1."
-    pil = (im.convert('RGB') if isinstance(im, Image.Image) else Image.fromarray(np.asarray(im)) for im in images)
-    arrays = [torch.from_numpy(np.array(_square(im, size))) for im in pil]
+    arrays = [torch.from_numpy(np.array(_square(_rgb(image), size))) for image in images]
     return torch.stack(arrays).permute(0, 3, 1, 2).float()/127.5 - 1
 
 # %% ../nbs/02_teacher.ipynb #c97ac6ba
@@ -211,7 +221,7 @@ def encode_captions(self:Teacher,
                              max_length=self.tokenizer.model_max_length).input_ids
         for caption, hidden in zip(part, self.text_encoder(ids.to(self.device))[0]):
             self._conditioning[caption] = hidden.clone()
-    if len(self._conditioning) > 50_000:  # bounds memory on large data: keep only what is asked for now
+    if len(self._conditioning) > 50_000:  # bounds memory: keep only what is asked for now
         self._conditioning = {c: self._conditioning[c] for c in dict.fromkeys(captions)}
     return torch.stack([self._conditioning[c] for c in captions])
 
@@ -258,5 +268,6 @@ def generate(self:Teacher,
              seed:int=0,          # of the starting noise
             ) -> list:            # PIL images
     "Images by the pipeline's own sampler."
-    generator = torch.Generator().manual_seed(seed)
-    return self.pipeline(captions, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images
+    out = self.pipeline(captions, num_inference_steps=steps, guidance_scale=guidance,
+                        generator=torch.Generator().manual_seed(seed))
+    return out.images
