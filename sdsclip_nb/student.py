@@ -30,11 +30,12 @@ def _student_folder(arch, scale) -> str|None:
     if '/' in arch or Path(arch).is_dir(): return arch
     return f'data/mini/students/{arch}' if scale == 'mini' else None
 
+# %% ../nbs/02a_student.ipynb #141930f2
 def student_source(arch:str,                 # one of `STUDENTS`, any open_clip model, or a folder
                    scale:str='mini',         # 'mini' or 'paper'
                    pretrained:str='openai',  # open_clip's tag of the weights, at paper scale
                   ) -> tuple[str, str|None]: # (model name, pretrained tag) for open_clip's factory
-    "Where a student's weights are. Raises `ValueError` or `FileNotFoundError` with the names there are."
+    "Where a student's weights are. Raises `ValueError`, `FileNotFoundError` for one unknown."
     folder = _student_folder(arch, scale)
     if folder is None: return _hub_source(arch, pretrained)
     here = repo_root()/folder
@@ -51,13 +52,15 @@ def _hub_source(arch, pretrained):
     "Architecture and tag of one of open_clip's own models."
     models = open_clip.list_models()
     if arch not in models:
+        names = ', '.join(STUDENTS)
         raise ValueError(f'arch={arch!r} is unknown to open_clip.{nearest(arch, models)} '
-                         f'Choose one of {", ".join(STUDENTS)}, or another of open_clip.list_models().')
+                         f'Choose one of {names}, or another of open_clip.list_models().')
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if pretrained not in tags and not Path(pretrained).exists():
         raise ValueError(f'pretrained={pretrained!r}: {arch} comes with {", ".join(tags)}.')
     return arch, pretrained
 
+# %% ../nbs/02a_student.ipynb #9bf158ec
 def missing_student(arch:str,       # as in `student_source`
                     scale:str,      # 'mini' or 'paper'
                     pretrained:str, # open_clip's tag of the weights
@@ -111,7 +114,7 @@ class Student(nn.Module):
 def needs_quick_gelu(arch:str,     # open_clip's name of the architecture
                      tag:str|None, # of its weights; None: not one of open_clip's tags
                     ) -> bool:
-    "Were these weights trained with QuickGELU? open_clip only warns where the architecture has another activation."
+    "Were these weights trained with QuickGELU? open_clip only warns of another activation."
     about = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
     return bool(about.get('quick_gelu', False))
 
@@ -120,18 +123,20 @@ def load_student(arch:str='ViT-B-32',       # one of `STUDENTS`, any open_clip m
                  pretrained:str='openai',   # open_clip's tag of the weights, at paper scale
                  device='cpu',              # where it computes
                 ) -> Student:
-    "Open a student with open_clip's factory."
+    "Open a student with open_clip's factory. Raises as `student_source`."
     name, tag = student_source(arch, scale, pretrained)
     quick = needs_quick_gelu(name, tag)
     model, _, preprocess = open_clip.create_model_and_transforms(
         name, pretrained=tag, device=device, force_quick_gelu=quick)
-    return Student(model, preprocess, open_clip.get_tokenizer(name), Path(arch).name, _config(name, quick))
+    tokenizer = open_clip.get_tokenizer(name)
+    return Student(model, preprocess, tokenizer, Path(arch).name, _config(name, quick))
 
 def _config(name, quick):
     "The model config of an architecture or of a folder."
     if not name.startswith('local-dir:'):
         return open_clip.get_model_config(name) | ({'quick_gelu': True} if quick else {})
-    return json.loads((Path(name.removeprefix('local-dir:'))/'open_clip_config.json').read_text())['model_cfg']
+    folder = Path(name.removeprefix('local-dir:'))
+    return json.loads((folder/'open_clip_config.json').read_text())['model_cfg']
 
 # %% ../nbs/02a_student.ipynb #9f4ae4d1
 @patch
@@ -161,7 +166,7 @@ def encode_text(self:Student,
 @patch
 def encode_patches(self:Student,
                    images,  # (batch, 3, height, width), preprocessed
-                  ):        # (batch, embed_dim) features and (batch, width, rows, columns) patch tokens
+                  ):        # features (batch, embed_dim), tokens (batch, width, rows, columns)
     "Image features and the last block's patch tokens, in one pass."
     out = self.model.forward_intermediates(
         image=images, image_indices=1, normalize=False, image_output_fmt='NCHW')
@@ -181,9 +186,10 @@ TRAINABLE['all'] = lambda student: [student.model]
 def set_trainable(self:Student,
                   trainable:str='norm', # a key of `TRAINABLE`
                  ) -> list:             # the parameters that train
-    "Choose what of the student is trained."
+    "Choose what of the student is trained. Raises `ValueError` for an unknown choice."
     if trainable not in TRAINABLE:
-        raise ValueError(f'trainable={trainable!r} is unknown: choose one of {", ".join(TRAINABLE)}')
+        names = ', '.join(TRAINABLE)
+        raise ValueError(f'trainable={trainable!r} is unknown: choose one of {names}')
     self.model.requires_grad_(False)
     for module in TRAINABLE[trainable](self): module.requires_grad_(True)
     return [p for p in self.model.parameters() if p.requires_grad]
@@ -217,6 +223,7 @@ class LinearMap(nn.Module):
 
     def forward(self, features): return self.linear(features.float()).view(-1, *self.shape)
 
+# %% ../nbs/02a_student.ipynb #6f91e884
 class PatchMap(nn.Module):
     "Patch tokens (batch, width, rows, columns), each by the same linear layer, to latents."
     patches = True  # takes patch tokens
@@ -240,15 +247,15 @@ def make_map(kind:str,        # a key of `MAPS`
              student:Student, # whose features it takes
              latent_shape,    # (channels, height, width) of the teacher's latents
             ) -> nn.Module:
-    "A latent map, freshly initialised, on the student's device."
+    "A latent map, freshly initialised, on the student's device. Raises `ValueError`."
     if kind not in MAPS:
         raise ValueError(f'latent_map={kind!r} is unknown: choose one of {", ".join(MAPS)}')
     return MAPS[kind](student, latent_shape).to(student.device)
 
-def student_latents(student:Student,         # the student
-                    latent_map:nn.Module,    # its latent map
-                    images,                  # (batch, 3, height, width), preprocessed
-                   ):                        # (batch, embed_dim) features and (batch, *latent_shape) latents
+def student_latents(student:Student,
+                    latent_map:nn.Module, # of this student
+                    images,               # (batch, 3, height, width), preprocessed
+                   ):                     # features (batch, embed_dim), latents (batch, *shape)
     "f_phi(x) and h_w(f_phi(x)), in one pass of the image tower."
     if latent_map.patches:
         features, tokens = student.encode_patches(images)
