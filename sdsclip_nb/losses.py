@@ -9,7 +9,7 @@ __all__ = ['WEIGHTINGS', 'GRADIENTS', 'NEEDS', 'TERMS', 'CONTROLS', 'clip_loss',
 
 # %% ../nbs/02b_losses.ipynb #78818ad4
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -37,15 +37,17 @@ WEIGHTINGS['one'] = lambda alpha, sigma: torch.ones_like(sigma)
 WEIGHTINGS['sigma2'] = lambda alpha, sigma: sigma**2
 WEIGHTINGS['snr'] = lambda alpha, sigma: (alpha/sigma)**2
 
-def draw_noise(latents,                    # (batch, *latent_shape): for shape and device
-               timesteps:tuple=(20, 980),  # first and last timestep, both included
-               draws:int=1,                # of timestep and noise for each latent
-               generator=None,             # torch.Generator on the CPU; None: the global one
-              ):                           # timesteps (batch*draws,) long, noise (batch*draws, *latent_shape)
-    "Timesteps and noise for a batch, `draws` for each latent."
+# %% ../nbs/02b_losses.ipynb #f0d496b2
+def draw_noise(latents,                   # (batch, *latent_shape): for shape and device
+               timesteps:tuple=(20, 980), # first and last timestep, both included
+               draws:int=1,               # of timestep and noise for each latent
+               generator=None,            # torch.Generator on the CPU; None: the global one
+              ) -> tuple:                 # timesteps (n,) long, noise (n, *latent_shape)
+    "Timesteps and noise for a batch: n = batch*draws of each. Raises `ValueError`."
     low, high = timesteps
     if not 0 <= low <= high <= 999:
-        raise ValueError(f'timesteps={timesteps!r}: give (first, last) with 0 <= first <= last <= 999')
+        raise ValueError(f'timesteps={timesteps!r}: '
+                         'give (first, last) with 0 <= first <= last <= 999')
     if draws < 1: raise ValueError(f'draws={draws!r}: at least one draw of noise for each latent')
     count = len(latents)*draws
     drawn = torch.randint(low, high + 1, (count,), generator=generator)
@@ -53,12 +55,22 @@ def draw_noise(latents,                    # (batch, *latent_shape): for shape a
     return drawn.to(latents.device), noise.to(latents.device)
 
 # %% ../nbs/02b_losses.ipynb #3ca68ea6
-GRADIENTS = registry('grad')  # name -> (value (n,), residual (n, *latent_shape), weight, latents) -> gradient
-GRADIENTS['exact'] = lambda value, residual, weight, latents: torch.autograd.grad(value.sum(), latents)[0]
-GRADIENTS['sds'] = lambda value, residual, weight, latents: weight*residual/latents[0].numel()
+GRADIENTS = registry('grad')  # name -> function that gives the gradient of the summed errors
 
+def _exact(value,    # (n,) weighted squared errors, with their graph
+           residual, # (n, *latent_shape) eps_theta - eps
+           weight,   # (n, 1, 1, 1) w(t)
+           latents,  # (n, *latent_shape)
+          ):         # (n, *latent_shape)
+    return torch.autograd.grad(value.sum(), latents)[0]
+
+def _sds(value, residual, weight, latents): return weight*residual/latents[0].numel()
+
+GRADIENTS['exact'], GRADIENTS['sds'] = _exact, _sds
+
+# %% ../nbs/02b_losses.ipynb #d202f61a
 def _chunk(teacher, latents, conditioning, timesteps, noise, weight, grad):
-    "Weighted squared errors (n,), and the gradient of their sum with respect to the latents (n, *latent_shape)."
+    "Weighted squared errors (n,), and the gradient of their sum in the latents (their shape)."
     through_teacher = grad == 'exact'
     with torch.set_grad_enabled(through_teacher):
         latents = latents.detach().requires_grad_(through_teacher)
@@ -76,15 +88,16 @@ def sds_loss(teacher,                   # a Teacher
              timesteps:tuple=(20, 980), # first and last timestep
              weighting:str='one',       # a key of `WEIGHTINGS`
              draws:int=1,               # of timestep and noise for each latent
-             teacher_batch_size:int|None=None, # noised latents the teacher takes at a time; None: all
+             teacher_batch_size:int|None=None, # noised latents at a time; None: all
              generator=None,            # torch.Generator of timesteps and noise
             ) -> torch.Tensor:          # scalar
-    "L_SDS: its value is the weighted denoising error, its gradient reaches `latents` and nothing else."
+    "L_SDS, the weighted denoising error; its gradient reaches only `latents`. Raises `ValueError`."
     for name, known in (('grad', GRADIENTS), ('weighting', WEIGHTINGS)):
         if (value := locals()[name]) not in known:
             raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
     drawn, noise = draw_noise(latents, timesteps, draws, generator)
-    repeated, conditioning = (x.detach().repeat_interleave(draws, 0) for x in (latents, conditioning))
+    repeated = latents.detach().repeat_interleave(draws, 0)
+    conditioning = conditioning.detach().repeat_interleave(draws, 0)
     weight = WEIGHTINGS[weighting](*teacher.alpha_sigma(drawn)).to(latents.dtype)
     size = teacher_batch_size or len(repeated)
     chunks = zip(*(x.split(size) for x in (repeated, conditioning, drawn, noise, weight)))
@@ -129,15 +142,17 @@ class Term:
 
 TERMS = registry('loss')  # name -> `Term`
 
+# %% ../nbs/02b_losses.ipynb #6350ca7f
 def term(name:str,             # as in `loss`
          about:str,            # what it is, in a few words
          label:str,            # in plots
          weight:str|None=None, # the setting that weighs it
          needs:tuple=(),       # of `NEEDS`
         ):
-    "Register the decorated function of a `Step` as a term of the loss."
+    "Register the decorated function of a `Step` as a term of the loss. Raises `ValueError`."
     if wrong := set(needs) - set(NEEDS):
-        raise ValueError(f'term {name!r}: needs={sorted(wrong)} is unknown: choose from {", ".join(NEEDS)}')
+        raise ValueError(f'term {name!r}: needs={sorted(wrong)} is unknown: '
+                         f'choose from {", ".join(NEEDS)}')
     if weight is not None and weight not in Experiment.model_fields:
         raise ValueError(f'term {name!r}: weight={weight!r} is no setting: add it to Experiment')
     def register(value):
@@ -157,8 +172,8 @@ def sds_term(step:Step) -> torch.Tensor:
     "L_SDS of a step."
     e = step.experiment
     conditioning = step.teacher.encode_captions(step.teacher_captions)
-    return sds_loss(step.teacher, step.latents, conditioning, e.grad, e.timesteps, e.weighting, e.draws,
-                    e.teacher_batch_size, step.generator())
+    return sds_loss(step.teacher, step.latents, conditioning, e.grad, e.timesteps,
+                    e.weighting, e.draws, e.teacher_batch_size, step.generator())
 
 # %% ../nbs/02b_losses.ipynb #d56c38d3
 @lru_cache(maxsize=200_000)
@@ -174,7 +189,7 @@ def exchanged(captions:list, # of str
     return [_exchanges(caption, drawn) for caption in captions]
 
 # %% ../nbs/02b_losses.ipynb #97eff291
-CONTROLS = registry('control')  # name -> (captions, data, rng) -> captions the teacher is conditioned on
+CONTROLS = registry('control')  # name -> function: captions, data, rng -> teacher's captions
 
 def control(name:str # as in `control`
            ):
@@ -205,7 +220,7 @@ def teacher_captions(captions,     # of the batch
                      e:Experiment, # says which control, and the captions' source
                      number:int,   # of the step: with the seed, decides what is drawn
                     ) -> list:     # of str
-    "The captions the teacher is conditioned on."
+    "The captions the teacher is conditioned on. Raises `ValueError` for an unknown control."
     if e.control not in CONTROLS:
         raise ValueError(f'control={e.control!r} is unknown: choose one of {", ".join(CONTROLS)}')
     return CONTROLS[e.control](captions, e.data, np.random.default_rng([e.seed, 2, number]))
@@ -213,7 +228,7 @@ def teacher_captions(captions,     # of the batch
 # %% ../nbs/02b_losses.ipynb #8589d3dc
 def hardneg_loss(image_features,     # (batch, width), any length
                  text_features,      # (batch, width), any length
-                 exchanged_features, # (negatives, width), any length; None: no caption has an exchange
+                 exchanged_features, # (negatives, width), any length; None: there are none
                  logit_scale,        # exp of the temperature
                 ) -> torch.Tensor:   # scalar
     "What captions with exchanged words add to L_CLIP as further negatives of every image."
@@ -228,7 +243,8 @@ def hardneg_loss(image_features,     # (batch, width), any length
       weight='hardneg_weight', needs=('exchanged_captions',))
 def hardneg_term(step:Step) -> torch.Tensor:
     "L_hardneg of a step."
-    return hardneg_loss(step.image_features, step.text_features, step.exchanged_features, step.logit_scale)
+    return hardneg_loss(
+        step.image_features, step.text_features, step.exchanged_features, step.logit_scale)
 
 # %% ../nbs/02b_losses.ipynb #44576d42
 def terms_of(e:Experiment) -> list: # of `Term`
@@ -246,5 +262,6 @@ def total_loss(step:Step # one training step
     total, values = 0., {}
     for term in terms_of(step.experiment):
         values[term.name] = value = term.value(step)
-        total = total + (value if term.weight is None else getattr(step.experiment, term.weight)*value)
+        weighted = value if term.weight is None else getattr(step.experiment, term.weight)*value
+        total = total + weighted
     return total, values
