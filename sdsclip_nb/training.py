@@ -33,8 +33,9 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
-from .experiment import (
-    RANDOM, Experiment, choice_problems, from_root, nearest, run_name, setting_problems, settings_digest)
+from sdsclip_nb.experiment import (
+    RANDOM, Experiment, choice_problems, from_root, nearest, run_name, setting_problems,
+    settings_digest)
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
 from .pairs import PAIRS, Pairs, find_pairs, load_pairs, missing_data
 from .record import (
@@ -56,12 +57,15 @@ def _folder_problems(e:Experiment) -> dict:
     "Folders that are of no use or cannot be written."
     out, source = {}, PAIRS.get(e.data)
     if e.data_root is not None and source is not None and not source.has_folder:
-        out['data_root'] = (f'data_root={e.data_root!r}: the pairs of data={e.data!r} are drawn, and no folder is read. '
-                            f'Leave it out, or choose data from {", ".join(k for k, s in PAIRS.items() if s.has_folder)}.')
+        found = ', '.join(name for name, source in PAIRS.items() if source.has_folder)
+        out['data_root'] = (
+            f'data_root={e.data_root!r}: the pairs of data={e.data!r} are drawn, and no folder '
+            f'is read. Leave it out, or choose data from {found}.')
     if problem := folder_problem(from_root(e.out_dir or 'out/runs')):
         out['out_dir'] = f'out_dir={e.out_dir!r}: {problem}. Give another folder.'
     return out
 
+# %% ../nbs/02c_training.ipynb #e76a31f6
 def find_problems(settings:dict # name -> value, as given
                  ) -> tuple:    # list of str, and the `Experiment` of what is right
     "What is wrong with the settings of a run, one line each."
@@ -71,7 +75,8 @@ def find_problems(settings:dict # name -> value, as given
     problems |= choice_problems(e)
     e = _without(given, problems)  # a wrong choice must not hide what else is wrong
     problems |= _folder_problems(e)
-    checks = dict(arch=(student_source, e.arch, e.scale, e.pretrained), device=(pick_device, e.device))
+    checks = dict(arch=(student_source, e.arch, e.scale, e.pretrained),
+                  device=(pick_device, e.device))
     if 'teacher' in needs_of(e): checks['teacher'] = (teacher_source, _plain(e.teacher))
     for name, check in checks.items():
         if problem := _error_of(*check): problems.setdefault(name, problem)
@@ -80,7 +85,8 @@ def find_problems(settings:dict # name -> value, as given
 def _without(given, problems):
     "The settings, with the default in place of each that is wrong."
     fields = Experiment.model_fields
-    return Experiment(**{k: v for k, v in given.items() if k not in problems and k in fields})
+    return Experiment(**{name: value for name, value in given.items()
+                         if name in fields and name not in problems})
 
 def _plain(teacher): return teacher.removeprefix(RANDOM)
 
@@ -124,14 +130,16 @@ def check_run(hub:bool|None=None, # does the hub answer? None: try, where it mat
 def suite_names(benchmarks:str|None, # with commas between, or 'none'; None: the scale's own
                 scale:str,           # 'mini' or 'paper'
                ) -> tuple:           # list of names, and list of problems
-    "The suites to measure: at mini scale the standard ones, at paper scale those whose files are here."
-    from sdsclip_nb.benchmarks import BENCHMARKS, SUITES, available  # decides no weight: see the graph
+    "The suites to measure: at mini scale the standard ones, at paper scale those with files here."
+    # imported here, since they decide no weight (`module_closure`)
+    from sdsclip_nb.benchmarks import BENCHMARKS, SUITES, available
     from sdsclip_nb.evaluate import STANDARD
+
     if benchmarks == 'none': return [], []
     if benchmarks is None: return list(STANDARD) if scale == 'mini' else available(), []
     known, names = [*SUITES, *BENCHMARKS], [name.strip() for name in benchmarks.split(',')]
-    problems = [f'benchmarks={benchmarks!r}: {name!r} is unknown.{nearest(name, known)} Choose from {", ".join(known)}.'
-                for name in names if name not in known]
+    problems = [f'benchmarks={benchmarks!r}: {name!r} is unknown.{nearest(name, known)} '
+                f'Choose from {", ".join(known)}.' for name in names if name not in known]
     return names, problems
 
 # %% ../nbs/02c_training.ipynb #8d75b3ad
@@ -147,8 +155,11 @@ class Distillation(nn.Module):
     def forward(self, images, tokens, exchanged_tokens=None):
         "Tensors of a `Step`: features (n, embed_dim), latents (n, *latent_shape), scale."
         out = dict(logit_scale=self.student.logit_scale)
-        if self.latent_map is None: out['image_features'] = self.student.encode_image(images)
-        else: out['image_features'], out['latents'] = student_latents(self.student, self.latent_map, images)
+        if self.latent_map is None:
+            out['image_features'] = self.student.encode_image(images)
+        else:
+            both = student_latents(self.student, self.latent_map, images)
+            out['image_features'], out['latents'] = both
         out['text_features'] = self.student.encode_text(tokens)
         if exchanged_tokens is not None:
             out['exchanged_features'] = self.student.encode_text(exchanged_tokens)
@@ -169,6 +180,7 @@ class Parts:
     @property
     def latent_map(self): return self.module.latent_map
 
+# %% ../nbs/02c_training.ipynb #6ac85456
 PRECISIONS = dict(no=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)  # of the teacher
 
 def build(e:Experiment # the settings
@@ -179,17 +191,19 @@ def build(e:Experiment # the settings
     needs, device = needs_of(e), pick_device(e.device)
     student = load_student(e.arch, e.scale, e.pretrained, device)
     pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed)
-    teacher = load_teacher(e.teacher, device, PRECISIONS[e.precision]) if 'teacher' in needs else None
-    needs_map = 'latent_map' in needs
-    latent_map = make_map(e.latent_map, student, teacher.latent_shape) if needs_map else None
+    teacher = latent_map = None
+    if 'teacher' in needs: teacher = load_teacher(e.teacher, device, PRECISIONS[e.precision])
+    if 'latent_map' in needs: latent_map = make_map(e.latent_map, student, teacher.latent_shape)
     student.set_trainable(e.trainable)
     return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs)
 
 # %% ../nbs/02c_training.ipynb #edc02ae6
 def describe(parts:Parts) -> pd.DataFrame: # columns trained, all; a row for each part
     "How many parameters train, by part."
-    rows = {f'student, {tower} tower': counts for tower, counts in parts.student.trainable_counts().items()}
-    if parts.latent_map is not None: rows['latent map'] = count_parameters(parts.latent_map.parameters())
+    towers = parts.student.trainable_counts()
+    rows = {f'student, {tower} tower': counts for tower, counts in towers.items()}
+    if parts.latent_map is not None:
+        rows['latent map'] = count_parameters(parts.latent_map.parameters())
     if parts.teacher is not None: rows['teacher'] = (0, parts.teacher.count_parameters())
     return pd.DataFrame(rows, index=['trained', 'all']).T
 
@@ -201,12 +215,12 @@ def features_and_latents(parts:Parts,
                         ):                  # (n, ...) inputs of the map, (n, *latent_shape) targets
     "What the map takes, features or patch tokens of the frozen student, and the teacher's latents."
     student, inputs, targets = parts.student.eval(), [], []
-    n = min(n, len(parts.pairs))
+    patches, n = parts.latent_map.patches, min(n, len(parts.pairs))
     for first in range(0, n, batch_size):
         images = [parts.pairs[i].image for i in range(first, min(first + batch_size, n))]
         prepared = torch.stack([student.preprocess(image) for image in images]).to(parts.device)
-        tokens = parts.latent_map.patches
-        inputs.append(student.encode_patches(prepared)[1] if tokens else student.encode_image(prepared))
+        if patches: inputs.append(student.encode_patches(prepared)[1])
+        else: inputs.append(student.encode_image(prepared))
         targets.append(parts.teacher.encode_images(images).float())
     return torch.cat(inputs).float(), torch.cat(targets)
 
@@ -247,9 +261,11 @@ def seen_by_teacher(parts:Parts,
 # %% ../nbs/02c_training.ipynb #88c8eae5
 def _exchanged_tokens(parts, captions):
     "(exchanged captions, length) token ids; None where nothing can be exchanged."
-    found = [caption for options in exchanged(captions, parts.experiment.data) for caption in options]
+    options = exchanged(captions, parts.experiment.data)
+    found = [caption for of_one in options for caption in of_one]
     return parts.student.tokenizer(found).to(parts.device) if found else None
 
+# %% ../nbs/02c_training.ipynb #c80f5990
 def make_step(parts:Parts,
               module,      # `parts.module`, or what accelerate made of it
               batch:dict,  # from `PairBatches`
@@ -269,24 +285,25 @@ def make_step(parts:Parts,
 
 # %% ../nbs/02c_training.ipynb #a7d9fcc7
 class NonFiniteLoss(FloatingPointError):
-    "A loss or gradient that is not a finite number; the message says at which step and on which items."
+    "A loss or gradient that is not finite; the message says at which step and on which items."
 
-def check_finite(values:dict,        # name -> number
-                 step:int,           # its number
-                 batch:dict,         # from `PairBatches`
-                 e:Experiment,       # the settings
+def check_finite(values:dict,           # name -> number
+                 step:int,              # its number
+                 batch:dict,            # from `PairBatches`
+                 e:Experiment,          # the settings
                  folder:Path|None=None, # where non_finite.json is written
                 ):
     "Raise `NonFiniteLoss` unless all are finite."
     bad = {k: float(v) for k, v in values.items() if not torch.isfinite(torch.as_tensor(v))}
     if not bad: return
-    report = dict(step=step, values={k: str(v) for k, v in bad.items()}, items=list(batch['id']),
+    items = list(batch['id'])
+    report = dict(step=step, values={k: str(v) for k, v in bad.items()}, items=items,
                   captions=list(batch['caption']), settings=e.model_dump())
     place = folder/'non_finite.json' if folder else 'the report'
     if folder: place.write_text(json.dumps(report, indent=1))
     weights = ', '.join(f'{t.weight}={getattr(e, t.weight)}' for t in terms_of(e) if t.weight)
     said = ', '.join(filter(None, [f'lr={e.lr}', weights, f'precision={e.precision}']))
-    raise NonFiniteLoss(f'step {step}: {bad}. Items: {", ".join(report["items"])}. Settings: {said}. '
+    raise NonFiniteLoss(f'step {step}: {bad}. Items: {", ".join(items)}. Settings: {said}. '
                         f'Try a lower lr or weight, or precision="no". All of it is in {place}; '
                         'the last checkpoint is untouched.')
 
@@ -307,6 +324,7 @@ def save_checkpoint(accelerator,      # from `make_accelerator`
     shutil.rmtree(old, ignore_errors=True)
     new.rename(old)
 
+# %% ../nbs/02c_training.ipynb #7ccf948e
 def find_checkpoint(folder:Path,  # of the run
                     e:Experiment, # the settings
                    ) -> dict|None: # the progress to go on from; None for a fresh start
@@ -329,6 +347,7 @@ def make_optimizer(parts:Parts): # optimizer and scheduler
     optimizer = torch.optim.AdamW(groups, weight_decay=e.weight_decay)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, round(e.warmup*e.steps), e.steps)
 
+# %% ../nbs/02c_training.ipynb #55069e7c
 def pairs_suite(e:Experiment,
                 split:str='val', # of the source of the training pairs
                 n:int=1000,      # images, at most
@@ -385,13 +404,18 @@ class Run:
     record:Record
     seen:dict = field(default_factory=dict) # when -> what the teacher sees of watched images
 
-def make_accelerator(e:Experiment, device:torch.device, folder:Path) -> Accelerator:
-    "Device and precision of this run: accelerate keeps those of a process's first one unless reset."
+# %% ../nbs/02c_training.ipynb #3ebe9551
+def make_accelerator(e:Experiment,
+                     device:torch.device, # where the run computes
+                     folder:Path,         # of the run
+                    ) -> Accelerator:
+    "Of this run's device and precision: accelerate keeps a process's first ones unless reset."
     AcceleratorState._reset_state(reset_partial_state=True)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
-    return Accelerator(mixed_precision=e.precision, cpu=device.type == 'cpu', device_placement=False,
-                       log_with='tensorboard', project_config=project)
+    return Accelerator(mixed_precision=e.precision, cpu=device.type == 'cpu',
+                       device_placement=False, log_with='tensorboard', project_config=project)
 
+# %% ../nbs/02c_training.ipynb #b81fad51
 def start(e:Experiment, parts:Parts): # Accelerator, folder, Record
     "Accelerator, folder and record of a run."
     folder = from_root(e.out_dir or f'out/runs/{run_name(e)}')
@@ -400,10 +424,12 @@ def start(e:Experiment, parts:Parts): # Accelerator, folder, Record
     plain = (int, float, str, bool)
     config = {k: v if isinstance(v, plain) else str(v) for k, v in e.model_dump().items()}
     accelerator.init_trackers('tensorboard', config=config)
-    inputs = dict(pairs=parts.pairs.content_hash(), student=student_hash(e.arch, e.scale, e.pretrained),
+    inputs = dict(pairs=parts.pairs.content_hash(),
+                  student=student_hash(e.arch, e.scale, e.pretrained),
                   teacher=teacher_hash(e.teacher) if parts.teacher is not None else None)
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    return accelerator, folder, start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
+    record = start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
+    return accelerator, folder, record
 
 # %% ../nbs/02c_training.ipynb #53e00d31
 class Loop:
@@ -416,7 +442,8 @@ class Loop:
                 ):
         self.parts, self.accelerator, self.folder = parts, accelerator, folder
         self.e = e = parts.experiment
-        self.module, self.optimizer, self.schedule = accelerator.prepare(parts.module, *make_optimizer(parts))
+        prepared = accelerator.prepare(parts.module, *make_optimizer(parts))
+        self.module, self.optimizer, self.schedule = prepared
         self.trained = [p for p in parts.module.parameters() if p.requires_grad]
         self.first, self.history, self.before = 0, [], 0.
         if checkpoint:
@@ -481,7 +508,8 @@ def run(self:Loop,
             if number % 10 == 0: bar.set_postfix({k: f'{row[k]:.3g}' for k in names}, refresh=False)
             bar.update()
             if self.due(e.save_every, number) and not last:
-                save_checkpoint(self.accelerator, self.folder, number + 1, self.history, e, seconds())
+                save_checkpoint(
+                    self.accelerator, self.folder, number + 1, self.history, e, seconds())
     return seconds()
 
 # %% ../nbs/02c_training.ipynb #7a132c6d
@@ -517,20 +545,28 @@ def save_run(parts:Parts, folder:Path, history:pd.DataFrame):
         save_file(weights, folder/'latent_map.safetensors')
     history.to_csv(folder/'history.csv', index=False)
 
-def finish(record:Record, history:pd.DataFrame, parts:Parts, seconds:float, errors:list) -> Record:
+def finish(record:Record,        # from `start`
+           history:pd.DataFrame, # a row for each step
+           parts:Parts,
+           seconds:float,        # of training
+           errors:list,          # of the latent map's first fit; empty if there was none
+          ) -> Record:
     "What came out: seconds, the error of the first fit, every term's mean over the last 50 steps."
     last = history.tail(50).mean(numeric_only=True)
     values = {f'last_{t.name}': float(last[t.name]) for t in terms_of(parts.experiment)}
-    return record.finish(training_seconds=round(seconds, 1), map_error=errors[-1] if errors else None, **values)
+    map_error = errors[-1] if errors else None
+    return record.finish(training_seconds=round(seconds, 1), map_error=map_error, **values)
 
 # %% ../nbs/02c_training.ipynb #c272de7a
 def show_curves(run:Run):
     "Every term and the gradient's norm by step, faint, with its running mean."
     import matplotlib.pyplot as plt
     import seaborn as sns
+
     e, history = run.parts.experiment, run.history
     labels = {t.name: t.label for t in terms_of(e)} | dict(gradient_norm='norm of the gradient')
-    fig, axes = plt.subplots(1, len(labels), figsize=(4*len(labels), 2.6), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(1, len(labels), figsize=(4*len(labels), 2.6), squeeze=False,
+                             layout='constrained')
     window = max(1, len(history)//20)
     for ax, (name, label) in zip(axes[0], labels.items()):
         ax.plot(history.step, history[name], color='.8', lw=.6)
