@@ -27,6 +27,7 @@ def repo_root() -> Path: # the folder that holds settings.ini, nbs/ and data/
     raise FileNotFoundError('No folder with settings.ini and nbs/ at or above the working '
                             'directory: run from inside a clone of the repository.')
 
+# %% ../nbs/00_experiment.ipynb #34f0d382
 def from_root(path) -> Path:
     "A path as given if absolute, else below the repository's root."
     return repo_root()/Path(path).expanduser()
@@ -164,6 +165,7 @@ def setting_problems(settings:dict # name -> value, as given
     except ValidationError as e: return dict(_in_words(error) for error in e.errors())
     return {}
 
+# %% ../nbs/00_experiment.ipynb #8a84683e
 def _in_words(error) -> tuple:
     "Setting and problem of one of pydantic's errors."
     name = str(error['loc'][0])
@@ -216,6 +218,7 @@ def setting_help(name:str # a field of `Experiment`
     own = [f'{_said(defaults[name])} ({scale})' for scale, defaults in SCALES.items()]
     return f'{text}. None: {", ".join(own)}'
 
+# %% ../nbs/00_experiment.ipynb #413936ee
 def _said(default):
     "A scale's default in words; None stands for all images."
     if default is None: return 'all'
@@ -243,6 +246,7 @@ def digest(settings,     # anything JSON can hold
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
+# %% ../nbs/00_experiment.ipynb #ee0dab3c
 def settings_digest(e:Experiment,
                     length:int=16, # hexadecimal digits
                    ) -> str:
