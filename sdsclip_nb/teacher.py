@@ -50,6 +50,7 @@ def missing_teacher(name:str, # as in `load_teacher`
                     f'the hub, {source} (the hub does not answer here)',
                     "the hub's cache (HF_HOME), or a folder given as teacher")]
 
+# %% ../nbs/02_teacher.ipynb #5bd0d790
 def teacher_hash(name:str # as in `load_teacher`
                 ) -> str|None:
     "SHA-256 of the denoiser's files of a teacher in a folder; None for one from the hub."
@@ -93,6 +94,7 @@ def freeze(self:Teacher):
     self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
     self._conditioning = {}  # caption -> hidden states
 
+# %% ../nbs/02_teacher.ipynb #404873a4
 @patch
 def count_parameters(self:Teacher) -> int:
     "How many numbers the teacher has; none of them trains."
@@ -118,6 +120,7 @@ def _quiet():
             logger.set_verbosity(verbosity)
             logger.enable_progress_bar()
 
+# %% ../nbs/02_teacher.ipynb #d07b68b8
 def _open_pipeline(source, **kwargs):
     "The pipeline in a folder or on the hub; a UNet alone takes the mini teacher's other parts."
     if not (Path(source)/'model_index.json').is_file() and (Path(source)/'unet').is_dir():
@@ -143,6 +146,7 @@ def load_teacher(name:str='mini',     # of `TEACHERS`, a folder, a hub id; or 'r
     if name.startswith(RANDOM): pipeline.unet = _fresh(pipeline.unet)
     return Teacher(pipeline, device, dtype, name)
 
+# %% ../nbs/02_teacher.ipynb #9d5ad668
 def _fresh(unet, seed=0):
     "A UNet of the same shape that has learnt nothing."
     with torch.random.fork_rng(devices=[]):
@@ -171,6 +175,7 @@ def _square(image, size):
     left, top = (width - size)//2, (height - size)//2
     return image.crop((left, top, left + size, top + size))
 
+# %% ../nbs/02_teacher.ipynb #66c73378
 def _rgb(image):
     "A PIL image, also from a (height, width, 3) uint8 array."
     if isinstance(image, Image.Image): return image.convert('RGB')
@@ -195,6 +200,7 @@ def encode_images(self:Teacher,
         latents.append(self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mean)
     return torch.cat(latents)*self.vae.config.scaling_factor
 
+# %% ../nbs/02_teacher.ipynb #a37111a7
 @patch
 @torch.no_grad()
 def decode(self:Teacher,
@@ -234,6 +240,7 @@ def alpha_sigma(self:Teacher,
     alpha_squared = self.alphas_cumprod[timesteps.to(self.device)].view(-1, 1, 1, 1)
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
+# %% ../nbs/02_teacher.ipynb #0bf2f1af
 @patch
 def add_noise(self:Teacher,
               latents,          # (batch, *latent_shape)
