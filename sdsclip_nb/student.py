@@ -74,6 +74,7 @@ def missing_student(arch:str,       # as in `student_source`
                     f'the hub, {repo} (fetched by open_clip; the hub does not answer here)',
                     "the hub's cache (HF_HOME), or a folder given as arch")]
 
+# %% ../nbs/02a_student.ipynb #d52ab70c
 def student_hash(arch:str, scale:str='mini', pretrained:str='openai') -> str|None:
     "SHA-256 of the weights of a student that lies in a folder; None for one from the hub."
     source, _ = student_source(arch, scale, pretrained)
@@ -118,6 +119,7 @@ def needs_quick_gelu(arch:str,     # open_clip's name of the architecture
     about = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
     return bool(about.get('quick_gelu', False))
 
+# %% ../nbs/02a_student.ipynb #1fccdf9f
 def load_student(arch:str='ViT-B-32',       # one of `STUDENTS`, any open_clip model, or a folder
                  scale:str='mini',          # 'mini' or 'paper'
                  pretrained:str='openai',   # open_clip's tag of the weights, at paper scale
@@ -146,6 +148,7 @@ def encode_image(self:Student,
     "f_phi(x): image features."
     return self.model.encode_image(images)
 
+# %% ../nbs/02a_student.ipynb #41957a8e
 @patch
 def encode_text(self:Student,
                 tokens,              # (batch, length) token ids
@@ -182,6 +185,7 @@ TRAINABLE['norm'] = lambda student: _norms(student.model)
 TRAINABLE['norm-visual'] = lambda student: _norms(student.model.visual)
 TRAINABLE['all'] = lambda student: [student.model]
 
+# %% ../nbs/02a_student.ipynb #a0234cc6
 @patch
 def set_trainable(self:Student,
                   trainable:str='norm', # a key of `TRAINABLE`
@@ -202,6 +206,7 @@ def count_parameters(parameters # an iterable of parameters
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return trained, sum(p.numel() for p in parameters)
 
+# %% ../nbs/02a_student.ipynb #be13c603
 @patch
 def trainable_counts(self:Student) -> dict: # tower -> (trained, all)
     "How many parameters train, by tower."
@@ -252,6 +257,7 @@ def make_map(kind:str,        # a key of `MAPS`
         raise ValueError(f'latent_map={kind!r} is unknown: choose one of {", ".join(MAPS)}')
     return MAPS[kind](student, latent_shape).to(student.device)
 
+# %% ../nbs/02a_student.ipynb #5b2ae485
 def student_latents(student:Student,
                     latent_map:nn.Module, # of this student
                     images,               # (batch, 3, height, width), preprocessed
