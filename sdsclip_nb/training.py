@@ -53,6 +53,7 @@ def _error_of(check, *args) -> str:
     except (ValueError, FileNotFoundError) as e: return str(e)
     return ''
 
+# %% ../nbs/02c_training.ipynb #e66ce406
 def _folder_problems(e:Experiment) -> dict:
     "Folders that are of no use or cannot be written."
     out, source = {}, PAIRS.get(e.data)
@@ -82,6 +83,7 @@ def find_problems(settings:dict # name -> value, as given
         if problem := _error_of(*check): problems.setdefault(name, problem)
     return list(problems.values()), e
 
+# %% ../nbs/02c_training.ipynb #9560ab89
 def _without(given, problems):
     "The settings, with the default in place of each that is wrong."
     fields = Experiment.model_fields
@@ -99,6 +101,7 @@ def _missing_gpu(e:Experiment) -> list:
                     'at batch size 32 in float16; less with teacher_batch_size)',
                     'this machine, or run there')]
 
+# %% ../nbs/02c_training.ipynb #23933ea8
 def missing(e:Experiment,       # the run
             hub:bool|None=None, # does the hub answer? None: try, where it matters
            ) -> list[Missing]:
@@ -287,6 +290,7 @@ def make_step(parts:Parts,
 class NonFiniteLoss(FloatingPointError):
     "A loss or gradient that is not finite; the message says at which step and on which items."
 
+# %% ../nbs/02c_training.ipynb #0ec148a9
 def check_finite(values:dict,           # name -> number
                  step:int,              # its number
                  batch:dict,            # from `PairBatches`
@@ -357,6 +361,7 @@ def pairs_suite(e:Experiment,
     pairs = find_pairs(e.data, e.data_root, split=split, n=n)
     return None if pairs is None else retrieval_suite(pairs)
 
+# %% ../nbs/02c_training.ipynb #ebe71d29
 def validation_suites(e:Experiment) -> list: # of Suite
     "What an evaluation in mid-run measures."
     from sdsclip_nb.mini import load_suite
@@ -365,6 +370,7 @@ def validation_suites(e:Experiment) -> list: # of Suite
     suite = pairs_suite(e)
     return [] if suite is None else [suite]
 
+# %% ../nbs/02c_training.ipynb #a271381d
 def validate(student, suites:list) -> dict: # 'SUITE METRIC' -> value
     "The headline metrics of some suites, over all items."
     from sdsclip_nb.evaluate import evaluate
@@ -378,6 +384,7 @@ def terminal(): # a text stream
     try: return os.fdopen(os.dup(sys.stderr.fileno()), 'w')
     except (AttributeError, OSError, io.UnsupportedOperation): return sys.stderr
 
+# %% ../nbs/02c_training.ipynb #1ec46eb6
 class RunBar(tqdm):
     "A bar on the terminal, and in a notebook one line that is replaced."
     line = None  # the notebook's display
@@ -480,6 +487,7 @@ def update(self:Loop,
     losses = {name: value.item() for name, value in values.items()}
     return losses | dict(gradient_norm=float(norm), lr=rate)
 
+# %% ../nbs/02c_training.ipynb #9fcb78b2
 @patch
 def due(self:Loop, every:int, number:int) -> bool: # after this step?
     "Is it time for what happens every so many steps?"
@@ -545,6 +553,7 @@ def save_run(parts:Parts, folder:Path, history:pd.DataFrame):
         save_file(weights, folder/'latent_map.safetensors')
     history.to_csv(folder/'history.csv', index=False)
 
+# %% ../nbs/02c_training.ipynb #9e55eac2
 def finish(record:Record,        # from `start`
            history:pd.DataFrame, # a row for each step
            parts:Parts,
