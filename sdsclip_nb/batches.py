@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from .pairs import Pairs
+from .record import ProgressBar
 
 # %% ../nbs/01c_batches.ipynb #6b872c50
 class Draw(NamedTuple):
@@ -112,7 +112,7 @@ def fill(self:Encoded):
             cure = 'use cache=False with num_workers, or a smaller n'
             raise ValueError(f'cache=True would take {gb:.0f} GB for {n:,} images: {cure}')
         images = torch.empty((n, *one.shape), dtype=one.dtype)
-        for i in tqdm(range(n), 'preparing images', delay=2, leave=False):
+        for i in ProgressBar(range(n), 'preparing images', delay=2, leave=False):
             images[i] = self.preprocess(self.pairs[i].image)
     captions = [item.captions for item in self.pairs.items]
     self.first = np.cumsum([0, *map(len, captions)]).tolist()  # of each image, in `text`

@@ -10,10 +10,9 @@ import re
 from functools import cache
 
 import numpy as np
-from tqdm import tqdm
 
 from .reader import benchmark, Builder, check_caption
-from .record import stream
+from .record import ProgressBar, stream
 from .retrieval import COCO, COCO_FILES, FLICKR, FLICKR_FILES, karpathy_entries
 from .words import nouns_and_adjectives, permuted, tagger
 
@@ -86,7 +85,7 @@ def _order(name, file, folder, root, on_error, seed):
     builder = Builder(name, 'order', root, on_error, same_options=True)
     found, options = list(_captions(builder, file, folder)), []
     docs = tagger().pipe(caption for *_, caption in found)
-    bar = tqdm(docs, 'shuffling captions', len(found), delay=2, leave=False)
+    bar = ProgressBar(docs, 'shuffling captions', len(found), delay=2, leave=False)
     for (where, image, k, caption), doc in zip(found, bar):
         texts = [caption, *order_shuffles(doc, stream(f'order {image} {k}', seed))]
         options.append([clean_caption(text) for text in texts])

@@ -28,12 +28,11 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from .experiment import data_folder, registry
 from .mini import make_pairs
 from .plots import show_images
-from .record import MINI_COMMAND, Missing, MissingError
+from .record import MINI_COMMAND, Missing, MissingError, ProgressBar
 
 # %% ../nbs/01a_pairs.ipynb #2d715966
 def to_rgb(image:Image.Image, # any size and mode
@@ -394,7 +393,7 @@ def _readable(items, intake):
     good = []
     with ThreadPool() as pool:  # Pillow decodes outside Python's lock
         faults = pool.imap(fault, items, chunksize=16)
-        bar = tqdm(faults, 'checking images', len(items), delay=2, leave=False)
+        bar = ProgressBar(faults, 'checking images', len(items), delay=2, leave=False)
         for error, item in zip(bar, items):
             with intake.trying(_where(item)):
                 if error: raise error
@@ -618,7 +617,7 @@ def _shards_of(root, split):
 @source('shards', files={'*.tar': 'tar shards of KEY.jpg and KEY.txt, as img2dataset writes CC3M'})
 def _shards(root, split, intake, **_):
     "Webdataset shards with the split in their names; without any split there, all are train."
-    for shard in tqdm(_shards_of(root, split), 'indexing shards', delay=2, leave=False):
+    for shard in ProgressBar(_shards_of(root, split), 'indexing shards', delay=2, leave=False):
         with intake.trying(shard.name):
             for key, sample in shard_samples(shard).items():
                 where = f'{shard.name}, {key}'

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['MINI_COMMAND', 'PACKAGES', 'PACKAGE', 'Missing', 'MissingError', 'cuda_devices', 'hub_reachable', 'in_cache',
            'folder_problem', 'check_parameters', 'versions', 'commit', 'file_hash', 'Record', 'start_record',
-           'notebook_imports', 'module_closure', 'pick_device', 'stream']
+           'terminal', 'ProgressBar', 'notebook_imports', 'module_closure', 'pick_device', 'stream']
 
 # %% ../nbs/00a_record.ipynb #6827676c
 import ast
 import ctypes
 import hashlib
+import io
 import json
 import os
 import platform
 import socket
 import subprocess
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
+from fastcore.basics import patch
+from tqdm import tqdm
 
 from .experiment import nearest, repo_root
 
@@ -197,6 +201,39 @@ def start_record(name:str,              # of the result
                    device=torch.cuda.get_device_name(device) if on_gpu else str(device),
                    threads=torch.get_num_threads(), machine=platform.machine())
     return Record(name, scale, parameters, inputs or {}, time.time(), made_by)
+
+# %% ../nbs/00a_record.ipynb #ac79df4c
+def terminal(): # a text stream
+    "Where a person at the terminal reads: not the notebook, to which a kernel sends its stderr."
+    try: return os.fdopen(os.dup(sys.stderr.fileno()), 'w')
+    except (AttributeError, OSError, io.UnsupportedOperation): return sys.stderr
+
+class ProgressBar(tqdm):
+    "tqdm's bar on the terminal, and in a notebook one line that is replaced."
+    line = None  # the notebook's display
+    def __init__(self, *args, **kwargs):
+        stream = terminal()
+        pace = 1 if stream.isatty() else 30  # seconds; a log file need not hold every second
+        super().__init__(*args, **dict(file=stream, mininterval=pace, dynamic_ncols=True) | kwargs)
+
+    def display(self, *args, **kwargs):
+        super().display(*args, **kwargs)
+        self.show_line(str(self))
+
+    def close(self):
+        super().close()
+        if self.line is not None and not self.leave: self.show_line('')
+
+# %% ../nbs/00a_record.ipynb #5443add5
+@patch
+def show_line(self:ProgressBar, text:str):
+    "Put text in the notebook's line, if this runs in a notebook."
+    from IPython import get_ipython
+    if get_ipython() is None: return
+    from IPython.display import display
+    content = {'text/plain': text}
+    if self.line is None: self.line = display(content, raw=True, display_id=True)
+    else: self.line.update(content, raw=True)
 
 # %% ../nbs/00a_record.ipynb #49998fe3
 PACKAGE = 'sdsclip_nb'

@@ -13,6 +13,7 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image
 
+from .record import ProgressBar
 from .suite import Suite
 
 # %% ../nbs/05_scores.ipynb #f3097d7f
@@ -130,8 +131,7 @@ def progress_bar(total:int,     # steps
                  progress:bool, # False: no bar at all
                 ):              # a tqdm bar
     "A progress bar that appears after two seconds, where there is something to wait for."
-    from tqdm.auto import tqdm
-    return tqdm(total=total, desc=name, delay=2, leave=False, disable=not progress)
+    return ProgressBar(total=total, desc=name, delay=2, leave=False, disable=not progress)
 
 # %% ../nbs/05_scores.ipynb #5af07f2c
 def all_captions(suite:Suite,   # any

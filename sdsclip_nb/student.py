@@ -18,7 +18,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
 from torch import nn
 
-from .experiment import HUB_STUDENTS, STUDENTS, nearest, registry, repo_root
+from .experiment import HUB_STUDENTS, SCALES, STUDENTS, nearest, registry, repo_root
 from .record import Missing, file_hash, in_cache
 
 # %% ../nbs/02a_student.ipynb #2f0945e6
@@ -36,6 +36,7 @@ def student_source(arch:str,                 # one of `STUDENTS`, any open_clip 
                    pretrained:str='openai',  # open_clip's tag of the weights, at paper scale
                   ) -> tuple[str, str|None]: # (model name, pretrained tag) for open_clip's factory
     "Where a student's weights are. Raises `ValueError`, `FileNotFoundError` for one unknown."
+    if scale not in SCALES: raise ValueError(f'scale={scale!r}: choose one of {", ".join(SCALES)}')
     folder = _student_folder(arch, scale)
     if folder is None: return _hub_source(arch, pretrained)
     here = repo_root()/folder

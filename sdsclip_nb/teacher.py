@@ -105,6 +105,11 @@ def __repr__(self:Teacher):
     return (f'Teacher {self.name}: {self.count_parameters()/1e6:.1f} M parameters, none trained; '
             f'predicts {self.prediction_type}; latents {self.latent_shape}')
 
+@patch(as_prop=True)
+def denoiser(self:Teacher) -> torch.nn.Module:
+    "The network that predicts the noise, whatever its family calls it."
+    return self.unet
+
 # %% ../nbs/02_teacher.ipynb #ab310394
 @contextmanager
 def _quiet():

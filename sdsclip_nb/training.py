@@ -6,15 +6,11 @@
 __all__ = ['PRECISIONS', 'find_problems', 'missing', 'check_run', 'suite_names', 'Distillation', 'Parts', 'build', 'describe',
            'features_and_latents', 'fit_map', 'seen_by_teacher', 'make_step', 'NonFiniteLoss', 'check_finite',
            'save_checkpoint', 'find_checkpoint', 'make_optimizer', 'pairs_suite', 'validation_suites', 'validate',
-           'terminal', 'RunBar', 'Run', 'make_accelerator', 'start', 'Loop', 'train', 'save_run', 'finish',
-           'show_curves']
+           'Run', 'make_accelerator', 'start', 'Loop', 'train', 'save_run', 'finish', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
-import io
 import json
-import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +25,6 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
@@ -39,8 +34,8 @@ from sdsclip_nb.experiment import (
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
 from .pairs import PAIRS, Pairs, find_pairs, load_pairs, missing_data
 from .record import (
-    MINI_COMMAND, Missing, MissingError, Record, cuda_devices, folder_problem, hub_reachable,
-    pick_device, start_record)
+    MINI_COMMAND, Missing, MissingError, ProgressBar, Record, cuda_devices, folder_problem,
+    hub_reachable,     pick_device, start_record)
 from .student import (
     count_parameters, load_student, make_map, missing_student, save_student, student_hash,
     student_latents, student_source)
@@ -378,29 +373,6 @@ def validate(student, suites:list) -> dict: # 'SUITE METRIC' -> value
     headline = table[table.metric.isin(['R@1', 'text', 'image', 'group'])]
     return {f'{row.suite} {row.metric}': row.value for row in headline.itertuples()}
 
-# %% ../nbs/02c_training.ipynb #75cc4375
-def terminal(): # a text stream
-    "Where a person at the terminal reads: not the notebook, to which a kernel sends its stderr."
-    try: return os.fdopen(os.dup(sys.stderr.fileno()), 'w')
-    except (AttributeError, OSError, io.UnsupportedOperation): return sys.stderr
-
-# %% ../nbs/02c_training.ipynb #1ec46eb6
-class RunBar(tqdm):
-    "A bar on the terminal, and in a notebook one line that is replaced."
-    line = None  # the notebook's display
-    def __init__(self, *args, **kwargs):
-        stream = terminal()
-        pace = 1 if stream.isatty() else 30  # seconds; a log file need not hold every second
-        super().__init__(*args, file=stream, mininterval=pace, dynamic_ncols=True, **kwargs)
-        from IPython import get_ipython
-        if get_ipython() is not None and not self.disable:
-            from IPython.display import display
-            self.line = display({'text/plain': str(self)}, raw=True, display_id=True)
-
-    def display(self, *args, **kwargs):
-        super().display(*args, **kwargs)
-        if self.line is not None: self.line.update({'text/plain': str(self)}, raw=True)
-
 # %% ../nbs/02c_training.ipynb #ceb9c583
 @dataclass
 class Run:
@@ -504,7 +476,8 @@ def run(self:Loop,
     started = time.time()
     seconds = lambda: self.before + time.time() - started
     numbers = range(self.first, e.steps)
-    with RunBar(total=e.steps, initial=self.first, desc=run_name(e), disable=not progress) as bar:
+    of_all = dict(total=e.steps, initial=self.first, desc=run_name(e))
+    with ProgressBar(**of_all, disable=not progress) as bar:
         for number, batch in zip(numbers, self.batches):
             row = dict(step=number + 1) | self.update(batch, number)
             last = number + 1 == e.steps

@@ -2,6 +2,7 @@
 
 Options that are not listed here go to papermill, such as `-p arch RN50 -p steps 200`.
 """
+
 import argparse
 import json
 import os
@@ -24,13 +25,23 @@ def time_once(options: list[str]) -> float:
     with tempfile.TemporaryDirectory() as tmp:
         start = time.perf_counter()
         subprocess.run(
-            [papermill, "nbs/03_train.ipynb", Path(tmp) / "run.ipynb", "--no-progress-bar", *options], cwd=ROOT, check=True
+            [
+                papermill,
+                "nbs/03_train.ipynb",
+                Path(tmp) / "run.ipynb",
+                "--no-progress-bar",
+                *options,
+            ],
+            cwd=ROOT,
+            check=True,
         )
         return time.perf_counter() - start
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=1, help="number of runs (default 1)")
     args, options = parser.parse_known_args()
     try:
@@ -38,10 +49,14 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"the main job failed with exit status {error.returncode}", file=sys.stderr)
         return 1
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = (
+        1 if sys.platform == "darwin" else 1024
+    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
     result = {
         "seconds": seconds,
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6),
+        "peak_memory_mb": round(
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6
+        ),
         "options": options,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),

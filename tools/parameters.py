@@ -1,7 +1,10 @@
-"""Write the parameters of nbs/03_train.ipynb from the settings of `Experiment`, or with --check hold them against each other.
+"""Write the parameters of nbs/03_train.ipynb from the settings of `Experiment`, or with --check
+hold them against each other.
 
-Parameters that are no setting of the training run (suites to measure, what is shown) stand below and are left alone.
+Parameters that are no setting of the run (suites to measure, what is shown) stand below and
+are left alone.
 """
+
 import argparse
 import json
 import sys
@@ -20,8 +23,12 @@ def own_lines(source: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where they differ")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where they differ"
+    )
     check = parser.parse_args().check
     nb = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     cell = next(c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", []))
@@ -33,7 +40,10 @@ def main() -> int:
     if check:
         missing = set(wanted.splitlines()) - set(here.splitlines())
         print("\n".join(sorted(missing) or ["the lines stand in another order"]))
-        print("The parameters of nbs/03_train.ipynb are not what Experiment says: run `python tools/parameters.py`")
+        print(
+            "The parameters of nbs/03_train.ipynb are not what Experiment says: "
+            "run `python tools/parameters.py`"
+        )
         return 1
     cell["source"] = wanted.splitlines(keepends=True)
     NOTEBOOK.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 """Make README.md from nbs/index.ipynb; with --check only say whether it is up to date."""
+
 import argparse
 import posixpath
 import re
@@ -12,13 +13,19 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "nbs/index.ipynb"
 HEADER = f"<!-- Made from {SOURCE} by `make readme`: edit the notebook. -->\n\n"
-# Rich results as GitHub shows them; nbconvert alone would prefer a picture, which a README can only link to.
+# Rich results as GitHub shows them; nbconvert alone would prefer an image, which a README can only
+# link to.
 FORMATS = ["text/markdown", "text/html", "text/latex", "text/plain"]
 DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.MULTILINE)
-SILENT = re.compile(r"^\s*#\s*\|\s*echo:\s*false\b", re.MULTILINE)  # the output stays, the code goes
+SILENT = re.compile(
+    r"^\s*#\s*\|\s*echo:\s*false\b", re.MULTILINE
+)  # the output stays, the code goes
 HIDDEN = re.compile(r"^\s*#\s*\|\s*(hide|default_exp)\b", re.MULTILINE)
 # Code is matched first so that what looks like a link inside it is left alone.
-LINK = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|(?P<before>\]\(|\b(?:src|href)=[\"'])(?P<target>[^)\s\"']+)", re.DOTALL)
+LINK = re.compile(
+    r"(?P<code>```.*?```|`[^`\n]*`)|(?P<before>\]\(|\b(?:src|href)=[\"'])(?P<target>[^)\s\"']+)",
+    re.DOTALL,
+)
 
 
 class ReadmeError(Exception):
@@ -57,16 +64,25 @@ def prepare(nb):
             for out in cell.outputs:
                 data = out.get("data", {})
                 if any(mime.startswith("image/") for mime in data):
-                    raise ReadmeError(f"{SOURCE}: cell {i} shows a picture as output; save it in figures/ and link to it")
+                    raise ReadmeError(
+                        f"{SOURCE}: cell {i} shows an image: save it in figures/, link to it"
+                    )
                 if "text/html" in data:
-                    data["text/html"] = re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
+                    data["text/html"] = re.sub(
+                        r"<style.*?</style>\s*", "", data["text/html"], flags=re.DOTALL
+                    )
             if silent:
-                cells += [nbformat.v4.new_markdown_cell(fix_links("".join(o["data"]["text/markdown"]))) for o in cell.outputs
-                          if "text/markdown" in o.get("data", {})]
+                cells += [
+                    nbformat.v4.new_markdown_cell(fix_links("".join(o["data"]["text/markdown"])))
+                    for o in cell.outputs
+                    if "text/markdown" in o.get("data", {})
+                ]
                 continue
         cells.append(cell)
     nb.cells = cells
-    nb.metadata["language_info"] = {"name": "python"}  # nbdev_clean drops it; code fences are named after it
+    nb.metadata["language_info"] = {
+        "name": "python"
+    }  # nbdev_clean drops it; code fences are named after it
     return nb
 
 
@@ -81,7 +97,11 @@ def make_readme() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is out of date")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 if README.md is out of date",
+    )
     args = parser.parse_args()
     readme = ROOT / "README.md"
     try:

@@ -1,7 +1,8 @@
-"""Execute notebooks in place and keep only outputs worth reading: no warnings, widgets or progress bars.
+"""Execute notebooks in place and keep the outputs worth reading: no warnings, widgets, progress.
 
-A notebook that fails is left as it was; its name and the cell are printed, and the exit status is 1.
+A notebook that fails is left as it was; its name and the cell are printed, with exit status 1.
 """
+
 import argparse
 import os
 import re
@@ -36,11 +37,24 @@ def execute(nb, folder: Path) -> None:
     # Encrypted only because the kernel would otherwise print a warning for each notebook.
     config = Config({"KernelManager": {"transport_encryption": "auto"}})
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(nb, timeout=None, kernel_name="python3", resources=resources, on_cell_execute=remember, config=config)
+    client = NotebookClient(
+        nb,
+        timeout=None,
+        kernel_name="python3",
+        resources=resources,
+        on_cell_execute=remember,
+        config=config,
+    )
     try:
         client.execute()
-    except (CellControlSignal, DeadKernelError) as error:  # the first is the base of execution errors and time-outs
-        raise RenderError(f"cell {at[0]} ({nb.cells[at[0]].get('id', 'no id')}):\n{ANSI.sub('', str(error)).strip()}") from error
+    except (
+        CellControlSignal,
+        DeadKernelError,
+    ) as error:  # the first is the base of execution errors and time-outs
+        raise RenderError(
+            f"cell {at[0]} ({nb.cells[at[0]].get('id', 'no id')}):\n"
+            f"{ANSI.sub('', str(error)).strip()}"
+        ) from error
 
 
 def overwrite(text: str) -> str:
@@ -50,7 +64,9 @@ def overwrite(text: str) -> str:
 
 def is_progress(out) -> bool:
     "Is this output the last state of a progress bar?"
-    return out.output_type == "display_data" and bool(PROGRESS.search(out.get("data", {}).get("text/plain", "")))
+    return out.output_type == "display_data" and bool(
+        PROGRESS.search(out.get("data", {}).get("text/plain", ""))
+    )
 
 
 def tidy(nb) -> None:
@@ -92,13 +108,17 @@ def render(path: Path) -> None:
         nbformat.write(nb, copy)
         clean(copy)
         result = copy.read_bytes()
-    part = path.with_name(f".{path.name}.part")  # beside the notebook, so that the last step is one rename
+    part = path.with_name(
+        f".{path.name}.part"
+    )  # beside the notebook, so that the last step is one rename
     part.write_bytes(result)
     os.replace(part, path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
     args = parser.parse_args()
     failed = 0
