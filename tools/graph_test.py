@@ -3,7 +3,7 @@ steps, one small result.
 
 Asserted: from nothing all is made; then nothing is; prose and outputs of a notebook change nothing;
 its code, a setting, a weight and a module make stale what depends on them and nothing else; a
-failed branch does not stop the others and is named at the end; the same seed gives the same numbers, and
+failed branch stops no other and is named at the end; the same seed gives the same numbers, and
 without AVX-512 nearly the same. Ends with `N passed, M failed`.
 """
 
