@@ -59,7 +59,7 @@ demo: $(STAMP) ## run the main job: fine-tune a small CLIP with a diffusion teac
 	@mkdir -p out
 	$(BIN)/papermill nbs/03_train.ipynb out/demo.ipynb $(ARGS)
 	@echo
-	@echo "The executed notebook, with every picture and number of this run: out/demo.ipynb"
+	@echo "The executed notebook, with every plot and number of this run: out/demo.ipynb"
 	@echo "Open it:  make lab NB=out/demo.ipynb"
 
 test: $(STAMP) ## run every check; ends with "N passed, M failed" (ARGS="--only lint")
