@@ -62,7 +62,8 @@ def _exact(value,    # (n,) weighted squared errors, with their graph
            weight,   # (n, 1, 1, 1) w(t)
            latents,  # (n, *latent_shape)
           ):         # (n, *latent_shape)
-    return torch.autograd.grad(value.sum(), latents)[0]
+    scale = latents[0].numel()  # in half precision the teacher's own gradients would underflow
+    return torch.autograd.grad(scale*value.sum(), latents)[0]/scale
 
 def _sds(value, residual, weight, latents): return weight*residual/latents[0].numel()
 
