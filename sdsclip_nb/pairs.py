@@ -494,11 +494,21 @@ def _split_folder(root, split):
     raise NoSplit(f'{root/split} is missing. {cure}; there are: {names}.')
 
 # %% ../nbs/01a_pairs.ipynb #97ce0dad
+_IMAGE, _CAPTION = ('file_name', 'image'), ('text', 'caption')  # columns of a table
+
 def _csv_rows(path):
-    "(line number, row) of a metadata.csv."
+    "(line number, row) of a CSV file; a comma too many belongs to a caption that stands last."
     with path.open(encoding='utf-8-sig', newline='') as file:
         rows = csv.DictReader(file)
-        for row in rows: yield rows.line_num, row
+        *_, last = rows.fieldnames or ['']
+        for row in rows:
+            rest = row.pop(None, None)
+            if rest and last not in _CAPTION:
+                rest = f'{len(rest)} fields too many. Put quotes around a text that holds a comma.'
+                yield rows.line_num, BadItem(rest)
+            else:
+                if rest: row[last] = ','.join([row[last], *rest])
+                yield rows.line_num, row
 
 def _jsonl_rows(path):
     "(line number, row) of a metadata.jsonl; for a row that is not JSON, the `BadItem` to raise."
@@ -507,20 +517,35 @@ def _jsonl_rows(path):
         try: yield k, json.loads(line)
         except ValueError as e: yield k, BadItem(f'not JSON ({e}). Correct or remove the line.')
 
-_TABLES = {'metadata.jsonl': _jsonl_rows, 'metadata.csv': _csv_rows}
+_TABLES = {'metadata.jsonl': _jsonl_rows, 'metadata.csv': _csv_rows,
+           'captions.txt': _csv_rows, 'captions.csv': _csv_rows}  # the last two as in Flickr8k
 
 # %% ../nbs/01a_pairs.ipynb #5f4de7a3
+def _column(row, names):
+    "The name of the column that a row has of some, the first if it has none."
+    return next((name for name in names if name in row), names[0])
+
+def _table_rows(path, intake):
+    "name -> (line number, captions): rows of one image are joined."
+    joined = {}
+    for k, row in _TABLES[path.name](path):
+        with intake.trying(f'{path.name}, line {k}'):
+            if isinstance(row, BadItem): raise row
+            columns = _column(row, _IMAGE), _column(row, _CAPTION)
+            name, text = need(row, **dict(zip(columns, (str, object))))
+            _, captions = joined.setdefault(name, (k, []))
+            captions += text if isinstance(text, list) else [text]
+    return joined
+
 def _read_table(path, intake, files):
-    "Take in the rows of a metadata file."
-    try:
-        for k, row in _TABLES[path.name](path):
-            with intake.trying(f'{path.name}, line {k}'):
-                if isinstance(row, BadItem): raise row
-                name, text = need(row, file_name=str, text=object)
-                captions = text if isinstance(text, list) else [text]
-                intake.add(f'{path.name}, line {k}, {name}', name, name, captions, files)
+    "Take in the rows of a table beside the images, or beside their folder `Images`."
+    try: joined = _table_rows(path, intake)
     except (UnicodeDecodeError, csv.Error) as e:
         raise DataError(f'{path} is not a text file in UTF-8 ({e}). Save it as one.') from None
+    for name, (k, captions) in joined.items():
+        below = next((f'{folder}/{name}' for folder in ('Images', 'images')
+                      if f'{folder}/{name}' in files.names), name)
+        intake.add(f'{path.name}, line {k}, {name}', name, below, captions, files)
 
 # %% ../nbs/01a_pairs.ipynb #d913bf7b
 def _caption_lines(folder, name, files):
@@ -535,9 +560,9 @@ def _caption_lines(folder, name, files):
 
 # %% ../nbs/01a_pairs.ipynb #9868bb32
 @source('folder', files={
-    '*': 'a folder of images with metadata.jsonl, metadata.csv, or a .txt beside each image'})
+    '*': 'a folder of images with a table (metadata.jsonl, captions.txt) or a .txt for each'})
 def _folder(root, split, intake, **_):
-    "An image folder with metadata.jsonl, metadata.csv or a .txt beside each image."
+    "An image folder with a table of captions, or a .txt beside each image."
     part = _split_folder(root, split)
     files = listing(root, part)
     for table in _TABLES:
