@@ -188,7 +188,7 @@ def build(e:Experiment # the settings
     set_seed(e.seed)
     needs, device = needs_of(e), pick_device(e.device)
     student = load_student(e.arch, e.scale, e.pretrained, device)
-    pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed)
+    pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed, on_error=e.on_error)
     teacher = latent_map = None
     if 'teacher' in needs: teacher = load_teacher(e.teacher, device, PRECISIONS[e.precision])
     if 'latent_map' in needs: latent_map = make_map(e.latent_map, student, teacher.latent_shape)
