@@ -465,6 +465,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                    'sdsclip_nb.record.module_closure': ('record.html#module_closure', 'sdsclip_nb/record.py'),
                                    'sdsclip_nb.record.notebook_imports': ('record.html#notebook_imports', 'sdsclip_nb/record.py'),
                                    'sdsclip_nb.record.pick_device': ('record.html#pick_device', 'sdsclip_nb/record.py'),
+                                   'sdsclip_nb.record.pick_precision': ('record.html#pick_precision', 'sdsclip_nb/record.py'),
                                    'sdsclip_nb.record.start_record': ('record.html#start_record', 'sdsclip_nb/record.py'),
                                    'sdsclip_nb.record.stream': ('record.html#stream', 'sdsclip_nb/record.py'),
                                    'sdsclip_nb.record.terminal': ('record.html#terminal', 'sdsclip_nb/record.py'),

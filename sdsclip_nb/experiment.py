@@ -61,7 +61,7 @@ SCALES = {
         teacher='sd-v1-4', data='coco', n_pairs=None, lam=.001, grad='exact', weighting='one',
         lr=5e-5, map_lr=5e-5, warmup=.02,
         steps=18_485,  # 5 epochs of COCO's 118,287 images in batches of 32
-        map_steps=1000, precision='fp16', eval_every=1000),
+        map_steps=1000, precision='auto', eval_every=1000),
 }
 
 # %% ../nbs/00_experiment.ipynb #107c0952
@@ -122,7 +122,8 @@ class Experiment(BaseModel):
     n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
     on_error: Literal['raise', 'skip'] = Field('raise', description='at a bad image')
     num_workers: int = Field(0, ge=0, description='processes that load images')
-    precision: Literal['no', 'fp16', 'bf16']|None = Field(None, description='mixed precision')
+    precision: Literal['auto', 'no', 'fp16', 'bf16']|None = Field(
+        None, description='mixed precision')
     eval_every: int|None = Field(
         None, ge=0, description='steps between evaluations on the validation split, 0 for none')
     save_every: int = Field(500, ge=0, description='steps between checkpoints, 0 for none')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINI_COMMAND', 'PACKAGES', 'PACKAGE', 'Missing', 'MissingError', 'cuda_devices', 'hub_reachable', 'in_cache',
            'folder_problem', 'check_parameters', 'versions', 'commit', 'file_hash', 'Record', 'start_record',
-           'terminal', 'ProgressBar', 'notebook_imports', 'module_closure', 'pick_device', 'stream']
+           'terminal', 'ProgressBar', 'notebook_imports', 'module_closure', 'pick_device', 'pick_precision', 'stream']
 
 # %% ../nbs/00a_record.ipynb #6827676c
 import ast
@@ -284,6 +284,18 @@ def pick_device(device:str='auto' # auto, cpu, cuda, cuda:1 or mps
         raise ValueError(f'device={device!r}: torch {torch.__version__} finds none here; '
                          'use device="auto" or "cpu"')
     return picked
+
+# %% ../nbs/00a_record.ipynb #8929f736
+def pick_precision(precision:str, # as in `Experiment`
+                   device,        # torch.device
+                  ) -> str:       # no, fp16 or bf16
+    "With `auto` bf16 on a GPU that has it, fp16 on another, no mixed precision elsewhere."
+    import torch
+    if precision == 'fp16' and device.type == 'cpu':
+        raise ValueError('precision=\'fp16\' needs a GPU: on a CPU give bf16 or no')
+    if precision != 'auto': return precision
+    if device.type != 'cuda': return 'no'
+    return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
 
 # %% ../nbs/00a_record.ipynb #4396015e
 def stream(purpose:str, # what the numbers are for; every purpose has its own stream

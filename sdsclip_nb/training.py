@@ -35,7 +35,7 @@ from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total
 from .pairs import PAIRS, Pairs, find_pairs, load_pairs, missing_data
 from .record import (
     MINI_COMMAND, Missing, MissingError, ProgressBar, Record, cuda_devices, folder_problem,
-    hub_reachable,     pick_device, start_record)
+    hub_reachable, pick_device, pick_precision, start_record)
 from .student import (
     count_parameters, load_student, make_map, missing_student, save_student, student_hash,
     student_latents, student_source)
@@ -74,6 +74,8 @@ def find_problems(settings:dict # name -> value, as given
     checks = dict(arch=(student_source, e.arch, e.scale, e.pretrained),
                   device=(pick_device, e.device))
     if 'teacher' in needs_of(e): checks['teacher'] = (teacher_source, _plain(e.teacher))
+    if not _error_of(pick_device, e.device):
+        checks['precision'] = (pick_precision, e.precision, pick_device(e.device))
     for name, check in checks.items():
         if problem := _error_of(*check): problems.setdefault(name, problem)
     return list(problems.values()), e
@@ -187,6 +189,7 @@ def build(e:Experiment # the settings
     if lacking := missing(e): raise MissingError('\n'.join(map(str, lacking)))
     set_seed(e.seed)
     needs, device = needs_of(e), pick_device(e.device)
+    e = e.model_copy(update=dict(precision=pick_precision(e.precision, device)))
     student = load_student(e.arch, e.scale, e.pretrained, device)
     pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed, on_error=e.on_error)
     teacher = latent_map = None
@@ -501,6 +504,7 @@ def train(e:Experiment,          # the settings
          ) -> Run:
     "One training run; picks up its checkpoint if it was cut off."
     parts = parts or build(e)
+    e = parts.experiment  # with the precision that `auto` stands for
     accelerator, folder, record = start(e, parts)
     checkpoint = find_checkpoint(folder, e)
     errors = [] if checkpoint else fit_map(parts)

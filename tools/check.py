@@ -515,6 +515,13 @@ def check_paper_scale() -> str:
     return lines[-1].split(",")[0]
 
 
+def check_paper_train() -> str:
+    "the documented command at paper scale finishes on stand-ins in genuine layouts"
+    done = run(sys.executable, ROOT / "tools" / "paper_train_test.py")
+    lines = expect(done, "the main job at paper scale:").splitlines()
+    return next((line for line in lines if line.startswith("skipped")), lines[-1].split(",")[0])
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -530,6 +537,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "commands": check_commands,
     "graph": check_graph,
     "paper_scale": check_paper_scale,
+    "paper_train": check_paper_train,
 }
 
 
