@@ -32,7 +32,7 @@ from sdsclip_nb.experiment import (
     RANDOM, Experiment, choice_problems, from_root, nearest, run_name, setting_problems,
     settings_digest)
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
-from .pairs import PAIRS, Pairs, find_pairs, load_pairs, missing_data
+from .pairs import PAIRS, DataError, Pairs, find_pairs, load_pairs, missing_data
 from .record import (
     MINI_COMMAND, Missing, MissingError, ProgressBar, Record, cuda_devices, folder_problem,
     hub_reachable, pick_device, pick_precision, start_record)
@@ -354,10 +354,14 @@ def pairs_suite(e:Experiment,
                 split:str='val', # of the source of the training pairs
                 n:int=1000,      # images, at most
                ):                # Suite, or None
-    "Retrieval among the pairs of a source's split; None where the source does not have it."
+    "Retrieval among the pairs of a source's split; None where it has none. Bad ones are left out."
     from sdsclip_nb.retrieval import retrieval_suite
-    pairs = find_pairs(e.data, e.data_root, split=split, n=n)
-    return None if pairs is None else retrieval_suite(pairs)
+    options = dict(split=split, n=n, on_error='skip', open_all=False)
+    try: pairs = find_pairs(e.data, e.data_root, **options)
+    except DataError as error:  # nothing of it can be used
+        print(f'{split} is not evaluated: {error}')
+        return None
+    return None if pairs is None else retrieval_suite(pairs, on_error='skip')
 
 # %% ../nbs/02c_training.ipynb #ebe71d29
 def validation_suites(e:Experiment) -> list: # of Suite
