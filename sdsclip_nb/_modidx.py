@@ -579,6 +579,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                     'sdsclip_nb.student.Student.encode_patches': ( 'student.html#student.encode_patches',
                                                                                    'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.Student.encode_text': ('student.html#student.encode_text', 'sdsclip_nb/student.py'),
+                                    'sdsclip_nb.student.Student.logit_bias': ('student.html#student.logit_bias', 'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.Student.logit_scale': ('student.html#student.logit_scale', 'sdsclip_nb/student.py'),
                                     'sdsclip_nb.student.Student.set_trainable': ( 'student.html#student.set_trainable',
                                                                                   'sdsclip_nb/student.py'),

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
 from .experiment import Experiment, chosen, registry
 from .mini import exchanged_captions
@@ -26,10 +26,12 @@ from .words import exchanged_words
 def clip_loss(image_features,  # (batch, width), any length
               text_features,   # (batch, width), any length
               logit_scale,     # exp of the learned temperature
+              logit_bias=None, # of a student with the sigmoid loss
              ) -> torch.Tensor: # scalar
-    "open_clip's contrastive loss on normalised features."
-    image_features = F.normalize(image_features, dim=-1)
-    return ClipLoss()(image_features, F.normalize(text_features, dim=-1), logit_scale)
+    "open_clip's contrastive loss on normalised features: SigLIP's where there is a bias."
+    images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    if logit_bias is None: return ClipLoss()(images, texts, logit_scale)
+    return SigLipLoss()(images, texts, logit_scale, logit_bias)
 
 # %% ../nbs/02b_losses.ipynb #cb29186b
 WEIGHTINGS = registry('weighting')  # name -> w(alpha_t, sigma_t)
@@ -125,6 +127,7 @@ class Step:
     latents:torch.Tensor|None = None   # (batch, *latent_shape): h_w(f_phi(x))
     image_latents:torch.Tensor|None = None      # (batch, *latent_shape)
     exchanged_features:torch.Tensor|None = None # (exchanged captions, embed_dim)
+    logit_bias:torch.Tensor|None = None         # of a student with the sigmoid loss
 
     def generator(self) -> torch.Generator:
         "Of what is random in this step; the same for every term and every loss."
@@ -165,7 +168,7 @@ def term(name:str,             # as in `loss`
 @term('clip', 'contrastive loss of images and captions', '$L_{CLIP}$')
 def clip_term(step:Step) -> torch.Tensor:
     "L_CLIP of a step."
-    return clip_loss(step.image_features, step.text_features, step.logit_scale)
+    return clip_loss(step.image_features, step.text_features, step.logit_scale, step.logit_bias)
 
 @term('sds', "the teacher's denoising error on mapped features", '$L_{SDS}$',
       weight='lam', needs=('teacher', 'latent_map'))

@@ -122,6 +122,8 @@ class Student(nn.Module):
     def embed_dim(self) -> int: return self.config['embed_dim']
     @property
     def logit_scale(self): return self.model.logit_scale.exp()
+    @property
+    def logit_bias(self): return getattr(self.model, 'logit_bias', None)  # SigLIP's
 
 # %% ../nbs/02a_student.ipynb #df79aa7f
 def needs_quick_gelu(arch:str,     # open_clip's name of the architecture

@@ -155,6 +155,7 @@ class Distillation(nn.Module):
     def forward(self, images, tokens, exchanged_tokens=None):
         "Tensors of a `Step`: features (n, embed_dim), latents (n, *latent_shape), scale."
         out = dict(logit_scale=self.student.logit_scale)
+        if (bias := self.student.logit_bias) is not None: out['logit_bias'] = bias
         if self.latent_map is None:
             out['image_features'] = self.student.encode_image(images)
         else:
