@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'TEACHERS', 'RANDOM', 'TEACHER_FILES', 'SCALES', 'REGISTRIES', 'NOT_NUMBERS', 'repo_root', 'from_root',
-           'data_folder', 'registry', 'nearest', 'Experiment', 'setting_problems', 'chosen', 'choice_problems',
-           'make_experiment', 'setting_help', 'parameters_source', 'digest', 'settings_digest', 'run_name']
+           'data_folder', 'registry', 'nearest', 'MethodSettings', 'TrainingSettings', 'Experiment', 'setting_problems',
+           'chosen', 'choice_problems', 'make_experiment', 'setting_help', 'parameters_source', 'digest',
+           'settings_digest', 'run_name']
 
 # %% ../nbs/00_experiment.ipynb #06bbc665
 import hashlib
@@ -81,8 +82,8 @@ def nearest(name:str, # as given
     return f' Did you mean {close[0]}?' if close else ''
 
 # %% ../nbs/00_experiment.ipynb #4804f1ad
-class Experiment(BaseModel):
-    "Settings of one training run. None means the scale's default (`SCALES`)."
+class MethodSettings(BaseModel):
+    "Which student learns from which teacher, and by which loss."
     model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
     arch: str = Field(
         'ViT-B-32',
@@ -106,6 +107,10 @@ class Experiment(BaseModel):
     map_steps: int|None = Field(
         None, ge=0, description="steps of the latent map's first fit, student frozen")
     map_lr: float|None = Field(None, gt=0, description='learning rate of the latent map')
+
+# %% ../nbs/00_experiment.ipynb #542cb461
+class TrainingSettings(MethodSettings):
+    "What is trained, and how."
     trainable: str = Field('norm', description='what of the student is trained')
     lr: float|None = Field(None, gt=0, description='learning rate of the student')
     weight_decay: float = Field(0., ge=0, description='weight decay of AdamW')
@@ -117,6 +122,22 @@ class Experiment(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description='of order, captions, noise and the latent map')
     pretrained: str = Field(
         'openai', description="open_clip's tag of the student's weights (paper scale)")
+
+    @field_validator('timesteps', mode='before')
+    @classmethod
+    def _from_text(cls, value):
+        "papermill's -p passes text."
+        return tuple(value.strip('()[] ').split(',')) if isinstance(value, str) else value
+
+    @field_validator('timesteps')
+    @classmethod
+    def _in_order(cls, value):
+        if 0 <= value[0] <= value[1] <= 999: return value
+        raise ValueError('give first,last with 0 <= first <= last <= 999')
+
+# %% ../nbs/00_experiment.ipynb #19c93e27
+class Experiment(TrainingSettings):
+    "Settings of one training run. None means the scale's default (`SCALES`)."
     data: str|None = Field(None, description='source of the training pairs')
     data_root: str|None = Field(None, description='folder of the pairs. None: data/<data>')
     n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
@@ -130,18 +151,6 @@ class Experiment(BaseModel):
     resume: bool = Field(True, description='go on from the last checkpoint of the same settings')
     out_dir: str|None = Field(None, description='where the run is written. None: out/runs/<name>')
     device: str = Field('auto', description='auto, cpu, cuda, cuda:1 or mps')
-
-    @field_validator('timesteps', mode='before')
-    @classmethod
-    def _from_text(cls, value):
-        "papermill's -p passes text."
-        return tuple(value.strip('()[] ').split(',')) if isinstance(value, str) else value
-
-    @field_validator('timesteps')
-    @classmethod
-    def _in_order(cls, value):
-        if 0 <= value[0] <= value[1] <= 999: return value
-        raise ValueError('give first,last with 0 <= first <= last <= 999')
 
     @model_validator(mode='after')
     def _defaults(self):
