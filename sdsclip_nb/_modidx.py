@@ -688,6 +688,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                      'sdsclip_nb.training.build': ('training.html#build', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.check_finite': ('training.html#check_finite', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.check_run': ('training.html#check_run', 'sdsclip_nb/training.py'),
+                                     'sdsclip_nb.training.check_weights': ('training.html#check_weights', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.describe': ('training.html#describe', 'sdsclip_nb/training.py'),
                                      'sdsclip_nb.training.features_and_latents': ( 'training.html#features_and_latents',
                                                                                    'sdsclip_nb/training.py'),

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'find_problems', 'missing', 'check_run', 'suite_names', 'Distillation', 'Parts', 'build', 'describe',
            'features_and_latents', 'fit_map', 'seen_by_teacher', 'make_step', 'NonFiniteLoss', 'check_finite',
            'save_checkpoint', 'find_checkpoint', 'make_optimizer', 'pairs_suite', 'validation_suites', 'validate',
-           'Run', 'make_accelerator', 'start', 'Loop', 'train', 'save_run', 'finish', 'show_curves']
+           'Run', 'make_accelerator', 'start', 'Loop', 'train', 'check_weights', 'save_run', 'finish', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
@@ -527,8 +527,17 @@ def train(e:Experiment,          # the settings
     return Run(parts, history, folder, record, seen)
 
 # %% ../nbs/02c_training.ipynb #52a1c61e
+def check_weights(module:Distillation):
+    "Raise `NonFiniteLoss` where a weight is not a finite number: the last step can spoil them all."
+    weights = module.state_dict()
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if not bad: return
+    raise NonFiniteLoss(f'{len(bad)} of {len(weights)} tensors are not finite after the last step, '
+                        f'the first {bad[0]}. Nothing was saved: try a lower lr or weight_decay.')
+
 def save_run(parts:Parts, folder:Path, history:pd.DataFrame):
-    "Write student, latent map and history into the run's folder."
+    "Write student, latent map and history into the run's folder, if all weights are finite."
+    check_weights(parts.module)
     save_student(parts.student, folder/'student')
     if parts.latent_map is not None:
         weights = {k: v.cpu().contiguous() for k, v in parts.latent_map.state_dict().items()}
