@@ -255,8 +255,8 @@ def encode_captions(self:Teacher,
                              max_length=self.tokenizer.model_max_length).input_ids
         for caption, hidden in zip(part, self.text_encoder(ids.to(self.device))[0]):
             self._conditioning[caption] = hidden.clone()
-    kept = sum(hidden.nbytes for hidden in self._conditioning.values())
-    if kept > CACHE_BYTES:  # large data meet few captions again: keep only what is asked for now
+    # Every caption takes as many bytes. Large data meet few again: keep only what is asked for now.
+    if new and len(self._conditioning)*self._conditioning[new[0]].nbytes > CACHE_BYTES:
         self._conditioning = {c: self._conditioning[c] for c in dict.fromkeys(captions)}
     return torch.stack([self._conditioning[c] for c in captions])
 
