@@ -102,7 +102,9 @@ class MethodSettings(BaseModel):
         (20, 980), description='first and last timestep of L_SDS, as 20,980')
     draws: int = Field(1, ge=1, description='draws of timestep and noise for each image')
     teacher_batch_size: int|None = Field(
-        None, ge=1, description='latents the teacher takes at a time. None: all')
+        None, ge=1, description='latents the teacher takes at a time. None: what fits the GPU')
+    checkpointing: bool = Field(
+        False, description="compute the teacher's activations twice rather than keep them")
     latent_map: str = Field('linear', description='h_w')
     map_steps: int|None = Field(
         None, ge=0, description="steps of the latent map's first fit, student frozen")
@@ -118,7 +120,9 @@ class TrainingSettings(MethodSettings):
         None, ge=0, le=1, description='share of the steps in which the rate rises')
     clip_grad: float = Field(1., gt=0, description='largest norm of the gradient')
     steps: int|None = Field(None, ge=1, description='optimizer steps')
-    batch_size: int = Field(32, ge=2, description='image-caption pairs a step')
+    batch_size: int = Field(32, ge=2, description='image-caption pairs a step, of all processes')
+    accumulate: int = Field(
+        1, ge=1, description='parts that a batch is taken in; L_CLIP still sees it whole')
     seed: int = Field(0, ge=0, lt=2**32, description='of order, captions, noise and the latent map')
     pretrained: str = Field(
         'openai', description="open_clip's tag of the student's weights (paper scale)")
@@ -142,7 +146,8 @@ class Experiment(TrainingSettings):
     data_root: str|None = Field(None, description='folder of the pairs. None: data/<data>')
     n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
     on_error: Literal['raise', 'skip'] = Field('raise', description='at a bad image')
-    num_workers: int = Field(0, ge=0, description='processes that load images')
+    num_workers: int|None = Field(
+        None, ge=0, description='processes that load images. None: by the cores')
     precision: Literal['auto', 'no', 'fp16', 'bf16']|None = Field(
         None, description='mixed precision')
     eval_every: int|None = Field(
@@ -150,6 +155,8 @@ class Experiment(TrainingSettings):
     save_every: int = Field(500, ge=0, description='steps between checkpoints, 0 for none')
     resume: bool = Field(True, description='go on from the last checkpoint of the same settings')
     out_dir: str|None = Field(None, description='where the run is written. None: out/runs/<name>')
+    trackers: str = Field('tensorboard', description='where losses are logged, joined by +')
+    push_to_hub: str|None = Field(None, description='hub id for the finished student: owner/name')
     device: str = Field('auto', description='auto, cpu, cuda, cuda:1 or mps')
 
     @model_validator(mode='after')
@@ -240,7 +247,9 @@ def _plain(value):
 
 # %% ../nbs/00_experiment.ipynb #5f398324
 # settings that decide no number
-NOT_NUMBERS = {'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers'}
+NOT_NUMBERS = {
+    'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers', 'trackers',
+    'push_to_hub'}
 
 def digest(settings,     # anything JSON can hold
            length:int=8, # hexadecimal digits

@@ -440,7 +440,7 @@ class Loop:
         student = parts.student
         self.batches = PairBatches(
             parts.pairs, student.preprocess, student.tokenizer, e.batch_size, e.seed, self.first,
-            cache=not PAIRS[e.data].has_folder, num_workers=e.num_workers)
+            cache=not PAIRS[e.data].has_folder, num_workers=e.num_workers or 0)
         self.suites = validation_suites(e) if e.eval_every else []
 
 # %% ../nbs/02c_training.ipynb #75e78919
