@@ -313,6 +313,45 @@ def check_lint() -> str:
     return ", ".join(LINTED)
 
 
+def check_security() -> str:
+    "nothing unpickles, runs a stranger's code or trusts it; ruff's rules S are part of lint"
+    sources = {path: python_of(path) for path in [*notebooks(), *modules(), *tool_files()]}
+    fail_if(
+        [f"{path}: {problem}" for path, text in sources.items() for problem in unsafe_calls(text)],
+        "open weights with safetensors, or torch.load(..., weights_only=True)",
+    )
+    return f"{len(sources)} files"
+
+
+def tool_files() -> list[Path]:
+    "The Python files of tools/, relative to the root"
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "tools").rglob("*.py"))
+
+
+def python_of(path: Path) -> str:
+    "The code of a module, or of a notebook's cells without lines for the shell"
+    text = (ROOT / path).read_text("utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    lines = "\n".join(text_of(cell["source"]) for cell in cells).splitlines()
+    return "\n".join("" if line.startswith(("%", "!")) else line for line in lines)
+
+
+def unsafe_calls(source: str) -> Iterator[str]:
+    "Calls of torch.load that may unpickle, and keywords that trust what was downloaded"
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        name = ast.unparse(node.func)
+        if name == "torch.load" and given.get("weights_only") != "True":
+            yield f"line {node.lineno}: torch.load without weights_only=True"
+        for trust in ("trust_remote_code", "allow_pickle"):
+            if given.get(trust, "False") != "False":
+                yield f"line {node.lineno}: {name} with {trust}={given[trust]}"
+
+
 def check_imports() -> str:
     "every module is imported alone, in a process of its own"
     names = [path.stem for path in modules() if not path.stem.startswith("_")]
@@ -529,6 +568,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "settings": check_settings,
     "readme": check_readme,
     "lint": check_lint,
+    "security": check_security,
     "imports": check_imports,
     "sizes": check_sizes,
     "pins": check_pins,
