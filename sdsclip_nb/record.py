@@ -291,8 +291,6 @@ def pick_precision(precision:str, # as in `Experiment`
                   ) -> str:       # no, fp16 or bf16
     "With `auto` bf16 on a GPU that has it, fp16 on another, no mixed precision elsewhere."
     import torch
-    if precision == 'fp16' and device.type == 'cpu':
-        raise ValueError('precision=\'fp16\' needs a GPU: on a CPU give bf16 or no')
     if precision != 'auto': return precision
     if device.type != 'cuda': return 'no'
     return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'

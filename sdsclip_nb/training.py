@@ -398,9 +398,13 @@ def make_accelerator(e:Experiment,
                     ) -> Accelerator:
     "Of this run's device and precision: accelerate keeps a process's first ones unless reset."
     AcceleratorState._reset_state(reset_partial_state=True)
+    on_cpu = device.type == 'cpu'
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
-    return Accelerator(mixed_precision=e.precision, cpu=device.type == 'cpu',
-                       device_placement=False, log_with='tensorboard', project_config=project)
+    accelerator = Accelerator(mixed_precision=e.precision, cpu=on_cpu, device_placement=False,
+                              log_with='tensorboard', project_config=project)
+    if on_cpu and e.precision == 'fp16':  # torch has both; accelerate leaves them to GPUs
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler('cpu')
+    return accelerator
 
 # %% ../nbs/02c_training.ipynb #b81fad51
 def start(e:Experiment, parts:Parts): # Accelerator, folder, Record
