@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'GRADIENTS', 'NEEDS', 'TERMS', 'CONTROLS', 'clip_loss', 'draw_noise', 'sds_loss', 'Step', 'Term', 'term',
            'clip_term', 'sds_term', 'exchanged', 'control', 'own_captions', 'next_captions', 'swapped_captions',
-           'empty_captions', 'teacher_captions', 'hardneg_loss', 'hardneg_term', 'terms_of', 'needs_of', 'total_loss']
+           'empty_captions', 'teacher_captions', 'of_all_ranks', 'hardneg_loss', 'hardneg_term', 'terms_of', 'needs_of',
+           'total_loss']
 
 # %% ../nbs/02b_losses.ipynb #78818ad4
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed.nn
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
@@ -27,11 +29,15 @@ def clip_loss(image_features,  # (batch, width), any length
               text_features,   # (batch, width), any length
               logit_scale,     # exp of the learned temperature
               logit_bias=None, # of a student with the sigmoid loss
-             ) -> torch.Tensor: # scalar
+              rank:int=0,      # of this process
+              ranks:int=1,     # processes, each with features of its slice of the batch
+             ) -> torch.Tensor: # scalar; its mean over the processes is that of the whole batch
     "open_clip's contrastive loss on normalised features: SigLIP's where there is a bias."
     images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    if logit_bias is None: return ClipLoss()(images, texts, logit_scale)
-    return SigLipLoss()(images, texts, logit_scale, logit_bias)
+    where = dict(rank=rank, world_size=ranks)
+    if logit_bias is not None:
+        return SigLipLoss(**where)(images, texts, logit_scale, logit_bias)
+    return ClipLoss(local_loss=True, gather_with_grad=True, **where)(images, texts, logit_scale)
 
 # %% ../nbs/02b_losses.ipynb #cb29186b
 WEIGHTINGS = registry('weighting')  # name -> w(alpha_t, sigma_t)
@@ -44,17 +50,21 @@ def draw_noise(latents,                   # (batch, *latent_shape): for shape an
                timesteps:tuple=(20, 980), # first and last timestep, both included
                draws:int=1,               # of timestep and noise for each latent
                generator=None,            # torch.Generator on the CPU; None: the global one
+               rank:int=0,                # of this process
+               ranks:int=1,               # processes, each with such a slice of the batch
               ) -> tuple:                 # timesteps (n,) long, noise (n, *latent_shape)
-    "Timesteps and noise for a batch: n = batch*draws of each. Raises `ValueError`."
+    """Timesteps and noise for a batch: n = batch*draws of each. Raises `ValueError`.
+
+    They are drawn for the batch of all processes, and each takes what belongs to its slice."""
     low, high = timesteps
     if not 0 <= low <= high <= 999:
         raise ValueError(f'timesteps={timesteps!r}: '
                          'give (first, last) with 0 <= first <= last <= 999')
     if draws < 1: raise ValueError(f'draws={draws!r}: at least one draw of noise for each latent')
-    count = len(latents)*draws
+    count = ranks*len(latents)*draws
     drawn = torch.randint(low, high + 1, (count,), generator=generator)
     noise = torch.randn(count, *latents.shape[1:], generator=generator, dtype=latents.dtype)
-    return drawn.to(latents.device), noise.to(latents.device)
+    return tuple(x.chunk(ranks)[rank].to(latents.device) for x in (drawn, noise))
 
 # %% ../nbs/02b_losses.ipynb #3ca68ea6
 GRADIENTS = registry('grad')  # name -> function that gives the gradient of the summed errors
@@ -78,7 +88,8 @@ def _chunk(teacher, latents, conditioning, timesteps, noise, weight, grad):
     with torch.set_grad_enabled(through_teacher):
         latents = latents.detach().requires_grad_(through_teacher)
         noisy = teacher.add_noise(latents, noise, timesteps)
-        residual = teacher.predict_noise(noisy, timesteps, conditioning) - noise
+        predicted = teacher.predict(noisy, timesteps, conditioning)
+        residual = predicted - teacher.target(latents, noise)
         value = weight.flatten()*(residual**2).flatten(1).mean(1)
         gradient = GRADIENTS[grad](value, residual, weight, latents)
     return value.detach(), gradient
@@ -93,12 +104,14 @@ def sds_loss(teacher,                   # a Teacher
              draws:int=1,               # of timestep and noise for each latent
              teacher_batch_size:int|None=None, # noised latents at a time; None: all
              generator=None,            # torch.Generator of timesteps and noise
+             rank:int=0,                # of this process
+             ranks:int=1,               # processes, each with its slice of the batch
             ) -> torch.Tensor:          # scalar
     "L_SDS, the weighted denoising error; its gradient reaches only `latents`. Raises `ValueError`."
     for name, known in (('grad', GRADIENTS), ('weighting', WEIGHTINGS)):
         if (value := locals()[name]) not in known:
             raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
-    drawn, noise = draw_noise(latents, timesteps, draws, generator)
+    drawn, noise = draw_noise(latents, timesteps, draws, generator, rank, ranks)
     repeated = latents.detach().repeat_interleave(draws, 0)
     conditioning = conditioning.detach().repeat_interleave(draws, 0)
     weight = WEIGHTINGS[weighting](*teacher.alpha_sigma(drawn)).to(latents.dtype)
@@ -128,6 +141,9 @@ class Step:
     image_latents:torch.Tensor|None = None      # (batch, *latent_shape)
     exchanged_features:torch.Tensor|None = None # (exchanged captions, embed_dim)
     logit_bias:torch.Tensor|None = None         # of a student with the sigmoid loss
+    teacher_batch_size:int|None = None          # latents at a time; None: as the experiment says
+    rank:int = 0                                # of this process
+    ranks:int = 1                               # processes, each with its slice of the batch
 
     def generator(self) -> torch.Generator:
         "Of what is random in this step; the same for every term and every loss."
@@ -168,7 +184,8 @@ def term(name:str,             # as in `loss`
 @term('clip', 'contrastive loss of images and captions', '$L_{CLIP}$')
 def clip_term(step:Step) -> torch.Tensor:
     "L_CLIP of a step."
-    return clip_loss(step.image_features, step.text_features, step.logit_scale, step.logit_bias)
+    return clip_loss(step.image_features, step.text_features, step.logit_scale, step.logit_bias,
+                     step.rank, step.ranks)
 
 @term('sds', "the teacher's denoising error on mapped features", '$L_{SDS}$',
       weight='lam', needs=('teacher', 'latent_map'))
@@ -177,7 +194,8 @@ def sds_term(step:Step) -> torch.Tensor:
     e = step.experiment
     conditioning = step.teacher.encode_captions(step.teacher_captions)
     return sds_loss(step.teacher, step.latents, conditioning, e.grad, e.timesteps,
-                    e.weighting, e.draws, e.teacher_batch_size, step.generator())
+                    e.weighting, e.draws, step.teacher_batch_size or e.teacher_batch_size,
+                    step.generator(), step.rank, step.ranks)
 
 # %% ../nbs/02b_losses.ipynb #d56c38d3
 @lru_cache(maxsize=200_000)
@@ -229,26 +247,44 @@ def teacher_captions(captions,     # of the batch
         raise ValueError(f'control={e.control!r} is unknown: choose one of {", ".join(CONTROLS)}')
     return CONTROLS[e.control](captions, e.data, np.random.default_rng([e.seed, 2, number]))
 
+# %% ../nbs/02b_losses.ipynb #c79f79e5
+def of_all_ranks(features,          # (n, width); n may differ between the processes
+                 ranks:int=1,       # processes
+                ) -> torch.Tensor:  # (n of all, width), in the order of the processes
+    "The rows of all processes; their gradients return to where they came from."
+    if ranks == 1: return features
+    count = torch.tensor(len(features), device=features.device)
+    counts = [torch.zeros_like(count) for _ in range(ranks)]
+    torch.distributed.all_gather(counts, count)
+    padded = F.pad(features, (0, 0, 0, max(counts) - len(features)))  # gathered are equal shapes
+    parts = torch.distributed.nn.all_gather(padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
 # %% ../nbs/02b_losses.ipynb #8589d3dc
 def hardneg_loss(image_features,     # (batch, width), any length
                  text_features,      # (batch, width), any length
                  exchanged_features, # (negatives, width), any length; None: there are none
                  logit_scale,        # exp of the temperature
-                ) -> torch.Tensor:   # scalar
+                 ranks:int=1,        # processes, each with features of its slice of the batch
+                ) -> torch.Tensor:   # scalar; its mean over the processes is that of the batch
     "What captions with exchanged words add to L_CLIP as further negatives of every image."
-    if exchanged_features is None: return 0*image_features.sum()
+    if exchanged_features is None: exchanged_features = text_features[:0]
     images, texts, negatives = (F.normalize(features, dim=-1)
                                 for features in (image_features, text_features, exchanged_features))
+    texts, negatives = of_all_ranks(texts, ranks), of_all_ranks(negatives, ranks)
+    if not len(negatives): return 0*image_features.sum()
     of_batch = logit_scale*images @ texts.T
     of_all = torch.cat([of_batch, logit_scale*images @ negatives.T], dim=1)
     return (of_all.logsumexp(1) - of_batch.logsumexp(1)).mean()/2
 
+# %% ../nbs/02b_losses.ipynb #097549fd
 @term('hardneg', 'captions with exchanged words as further negatives', '$L_{hardneg}$',
       weight='hardneg_weight', needs=('exchanged_captions',))
 def hardneg_term(step:Step) -> torch.Tensor:
     "L_hardneg of a step."
     return hardneg_loss(
-        step.image_features, step.text_features, step.exchanged_features, step.logit_scale)
+        step.image_features, step.text_features, step.exchanged_features, step.logit_scale,
+        step.ranks)
 
 # %% ../nbs/02b_losses.ipynb #44576d42
 def terms_of(e:Experiment) -> list: # of `Term`
