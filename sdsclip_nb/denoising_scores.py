@@ -44,15 +44,16 @@ def prediction_errors(teacher,      # a `Teacher`
                       latents,      # (groups, *latent_shape)
                       noise,        # (groups, *latent_shape)
                       timesteps,    # (groups,) long
-                      conditioning, # (n, L, D), of the rows' captions
+                      conditioning, # of the rows' captions: n of them
                       group,        # (n,) long: the noised latents of each row
                      ) -> tuple:    # (n,) float32 errors; (n, 3) `_fingerprint` of what was given
-    "Mean squared errors of the teacher's noise prediction."
+    "Mean squared errors of the teacher's prediction, summed in float32 whatever its precision."
     noise, timesteps = noise.to(latents), timesteps.to(latents.device)
     noisy = teacher.add_noise(latents, noise, timesteps)[group]
+    target = teacher.target(latents.float(), noise.float())[group]
     noise, timesteps = noise[group], timesteps[group]
-    predicted = teacher.predict_noise(noisy, timesteps, conditioning)
-    errors = (predicted.float() - noise.float()).square().flatten(1).mean(1)
+    predicted = teacher.predict(noisy, timesteps, conditioning)
+    errors = (predicted.float() - target).square().flatten(1).mean(1)
     return errors.cpu().numpy(), _fingerprint(noise, timesteps, noisy).cpu().numpy()
 
 # %% ../nbs/05b_denoising_scores.ipynb #44d499df
