@@ -316,36 +316,65 @@ def result_page(name:str,               # of `plan.RESULTS`
     return tables
 
 # %% ../nbs/06a_report.ipynb #e49bcace
-TOLERANCE = .005  # of a level, in shares of items; of a difference twice that
+TOLERANCE = .25  # of a level or a difference, as a share of the width of its interval
 
 def _numbers(path):
-    "'value' or 'difference', and that column by what it is about. None: neither is there."
+    "Levels or differences (`number`) with their intervals, by what they are about; else None."
     if not path.is_file(): return None
     table = pd.read_csv(path)
     column = next((c for c in ('value', 'difference') if c in table), None)
-    if column is None: return None
+    if column is None or 'low' not in table: return None
     words = [c for c in table if not pd.api.types.is_numeric_dtype(table[c]) and c != 'variation']
     about = [c for c in table if c in ('n', 'seeds', 'target', *words)]
-    return column, table.set_index(about)[column]
+    table = table.assign(side=_side(table) if column == 'difference' else 0)
+    return table.set_index(about).rename(columns={column: 'number'})[['number', *_REST]]
+
+_REST = ['low', 'high', 'side']
+
+def _side(table): return (table.low > 0).astype(int) - (table.high < 0).astype(int)
 
 # %% ../nbs/06a_report.ipynb #cc35319f
 def _compare_tables(name, here, there, tolerance):
     "A row of `compare_figures`; None: neither file holds levels or differences."
     if here is None and there is None: return None
     if here is None or there is None:
-        return name, 0, len((here or there)[1]), np.nan, False
-    (column, a), (_, b) = here, there
-    both = a.index.intersection(b.index)
-    largest, missing = (a.loc[both] - b.loc[both]).abs().max(), len(a) + len(b) - 2*len(both)
-    allowed = tolerance*(2 if column == 'difference' else 1)
-    return name, len(both), missing, largest, not missing and largest <= allowed
+        rows = len(there if here is None else here)
+        return name, 0, rows, np.nan, 0, False
+    both = here.index.intersection(there.index)
+    missing = len(here) + len(there) - 2*len(both)
+    a, b = here.loc[both], there.loc[both]
+    moved = (a.number - b.number).abs()
+    width = (a.high - a.low).clip(lower=1e-6)  # the tables hold six digits
+    turned = int((a.side != b.side).sum())
+    largest = (moved/width).max()
+    return name, len(both), missing, largest, turned, not (missing or turned) and largest <= tolerance
+
+# %% ../nbs/06a_report.ipynb #986a722b
+def _verdicts(path):
+    "Claim -> verdict, from claims.json."
+    if not path.is_file(): return {}
+    claims = json.loads(path.read_text('utf-8'))['values']['claims']
+    return {claim['claim']: claim['verdict'] for claim in claims}
+
+def _compare_verdicts(here, there):
+    "A row of `compare_figures`; None: neither has claims."
+    a, b = _verdicts(here), _verdicts(there)
+    if not a and not b: return None
+    both = a.keys() & b.keys()
+    missing = len(a) + len(b) - 2*len(both)
+    turned = sum(a[claim] != b[claim] for claim in both)
+    return 'claims.json', len(both), missing, np.nan, turned, not (missing or turned)
 
 # %% ../nbs/06a_report.ipynb #04abdf5f
 def compare_figures(here,                     # folder of figures
                     there,                    # another, of the same seeds and scale
-                    tolerance:float=TOLERANCE, # of a level; of a difference twice that
-                   ) -> pd.DataFrame:         # file, rows, missing, largest, within
-    "Levels and differences of two runs of the graph. `missing` are rows that only one has."
+                    tolerance:float=TOLERANCE, # as a share of the width of each interval
+                   ) -> pd.DataFrame:         # file, rows, missing, largest, turned, within
+    """Levels, differences and verdicts of two runs of the graph.
+
+    `missing` are rows that only one has, `largest` is the largest move as a share of its interval's
+    width, `turned` are differences on another side of zero, and other verdicts. Raises
+    `FileNotFoundError`."""
     here, there = from_root(here), from_root(there)
     for folder in (here, there):
         if not list(folder.glob('*.csv')):
@@ -354,8 +383,9 @@ def compare_figures(here,                     # folder of figures
     names = sorted({path.name for folder in (here, there) for path in folder.glob('*.csv')})
     rows = [_compare_tables(name, _numbers(here/name), _numbers(there/name), tolerance)
             for name in names]
+    rows.append(_compare_verdicts(here/'claims.json', there/'claims.json'))
     return pd.DataFrame([row for row in rows if row is not None],
-                        columns=['file', 'rows', 'missing', 'largest', 'within'])
+                        columns=['file', 'rows', 'missing', 'largest', 'turned', 'within'])
 
 # %% ../nbs/06a_report.ipynb #5edcfb19
 MARKS = {'C': 'confirmed from a public source', 'M': 'transcribed, unverified', 'D': 'derived'}

@@ -1,6 +1,6 @@
 """Compare the figures of another run (another machine, a fresh clone) with those in figures/.
 
-The tolerance is the one stated in nbs/06a_report. Both need the same seeds: the committed figures
+The rules are stated in nbs/06a_report. Both need the same seeds: the committed figures
 are of `make reproduce SEEDS=5 ARGS=extra_seeds=1`. Exits with 1 where something is beyond.
 """
 import argparse
@@ -18,7 +18,7 @@ def main() -> int:
         "--here", type=Path, default=Path("figures"), help="folder of these (default: figures)")
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE,
-        help=f"of a level, in shares of items; of a difference twice that (default {TOLERANCE})")
+        help=f"of a number, as a share of the width of its interval (default {TOLERANCE})")
     args = parser.parse_args()
     try:
         found = compare_figures(args.here.resolve(), args.there.resolve(), args.tolerance)
@@ -26,7 +26,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     print(found.to_string(index=False))
-    print(f"{found.within.sum()} tables within, {(~found.within).sum()} not")
+    print(f"{found.within.sum()} files within, {(~found.within).sum()} not")
     return int(not found.within.all())
 
 
