@@ -347,7 +347,8 @@ def _compare_tables(name, here, there, tolerance):
     width = (a.high - a.low).clip(lower=1e-6)  # the tables hold six digits
     turned = int((a.side != b.side).sum())
     largest = (moved/width).max()
-    return name, len(both), missing, largest, turned, not (missing or turned) and largest <= tolerance
+    within = not (missing or turned) and largest <= tolerance
+    return name, len(both), missing, largest, turned, within
 
 # %% ../nbs/06a_report.ipynb #986a722b
 def _verdicts(path):
