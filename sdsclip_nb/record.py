@@ -113,10 +113,13 @@ def check_parameters(cells:list|None=None # sources run so far; None: this noteb
     raise ValueError('\n'.join([*lines, f'It has {", ".join(known)}.']))
 
 # %% ../nbs/00a_record.ipynb #36be978b
-PACKAGES = ('torch', 'open_clip_torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'scipy')
+PACKAGES = (
+    'torch', 'torchvision', 'open_clip_torch', 'timm', 'diffusers', 'transformers', 'accelerate',
+    'numpy', 'pillow', 'pandas', 'scipy', 'statsmodels', 'scikit-learn', 'spacy', 'nltk',
+    'matplotlib', 'seaborn')
 
 def versions() -> dict:
-    "Versions of Python and of the packages that decide the numbers."
+    "Versions of Python and of the packages that decide the numbers and draw them."
     out = dict(python=platform.python_version())
     for package in PACKAGES:
         try: out[package] = version(package)
