@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MINI_COMMAND', 'PACKAGES', 'PACKAGE', 'Missing', 'MissingError', 'cuda_devices', 'hub_reachable', 'in_cache',
            'folder_problem', 'check_parameters', 'versions', 'commit', 'file_hash', 'Record', 'start_record',
-           'terminal', 'ProgressBar', 'notebook_imports', 'module_closure', 'pick_device', 'pick_precision', 'stream']
+           'process_rank', 'terminal', 'ProgressBar', 'notebook_imports', 'module_closure', 'pick_device',
+           'pick_precision', 'stream']
 
 # %% ../nbs/00a_record.ipynb #6827676c
 import ast
@@ -205,6 +206,12 @@ def start_record(name:str,              # of the result
                    threads=torch.get_num_threads(), machine=platform.machine())
     return Record(name, scale, parameters, inputs or {}, time.time(), made_by)
 
+# %% ../nbs/00a_record.ipynb #8682bdca
+def process_rank() -> tuple: # rank, number of processes, rank on this machine
+    "Which of how many processes this is."
+    names = dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
+
 # %% ../nbs/00a_record.ipynb #ac79df4c
 def terminal(): # a text stream
     "Where a person at the terminal reads: not the notebook, to which a kernel sends its stderr."
@@ -217,7 +224,9 @@ class ProgressBar(tqdm):
     def __init__(self, *args, **kwargs):
         stream = terminal()
         pace = 1 if stream.isatty() else 30  # seconds; a log file need not hold every second
-        super().__init__(*args, **dict(file=stream, mininterval=pace, dynamic_ncols=True) | kwargs)
+        rank, _, _ = process_rank()
+        own = dict(file=stream, mininterval=pace, dynamic_ncols=True, disable=rank > 0)
+        super().__init__(*args, **own | kwargs)
 
     def display(self, *args, **kwargs):
         super().display(*args, **kwargs)
