@@ -70,7 +70,7 @@ def draw_noise(latents,                   # (batch, *latent_shape): for shape an
 GRADIENTS = registry('grad')  # name -> function that gives the gradient of the summed errors
 
 def _exact(value,    # (n,) weighted squared errors, with their graph
-           residual, # (n, *latent_shape) eps_theta - eps
+           residual, # (n, *latent_shape) prediction - target
            weight,   # (n, 1, 1, 1) w(t)
            latents,  # (n, *latent_shape)
           ):         # (n, *latent_shape)
@@ -97,7 +97,7 @@ def _chunk(teacher, latents, conditioning, timesteps, noise, weight, grad):
 # %% ../nbs/02b_losses.ipynb #4155729d
 def sds_loss(teacher,                   # a Teacher
              latents,                   # (batch, *latent_shape): h_w(f_phi(x)); may carry a graph
-             conditioning,              # (batch, length, width), from `teacher.encode_captions`
+             conditioning,              # of batch captions, from `teacher.encode_captions`
              grad:str='exact',          # a key of `GRADIENTS`
              timesteps:tuple=(20, 980), # first and last timestep
              weighting:str='one',       # a key of `WEIGHTINGS`

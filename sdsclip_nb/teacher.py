@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'CACHE_BYTES', 'family_of', 'teacher_source', 'missing_teacher', 'teacher_hash', 'Teacher', 'load_teacher',
-           'Conditioning']
+           'Conditioning', 'SDXLTeacher', 'PixArtTeacher', 'FlowTeacher', 'SD3Teacher']
 
 # %% ../nbs/02_teacher.ipynb #b74f6a55
 import json
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -184,6 +184,14 @@ def _open_pipeline(source, **kwargs):
         source = teacher_source('mini')
     return DiffusionPipeline.from_pretrained(source, **kwargs)
 
+# %% ../nbs/02_teacher.ipynb #910e143a
+def _without(family, index):
+    "What to leave out when loading: diffusers wants to be told of the parts that are not there."
+    if not family.may_lack: return family.left_out
+    listed = json.loads(index.read_text('utf-8'))
+    absent = [part for part in family.may_lack if listed.get(part, [None])[0] is None]
+    return family.left_out | dict.fromkeys(absent)
+
 # %% ../nbs/02_teacher.ipynb #59a3af15
 def load_teacher(name:str='mini',     # of `TEACHERS`, a folder, a hub id; or 'random:' and one
                  device='cpu',        # where it computes
@@ -191,12 +199,13 @@ def load_teacher(name:str='mini',     # of `TEACHERS`, a folder, a hub id; or 'r
                  **kwargs,            # to diffusers' `from_pretrained`: revision, variant, parts
                 ) -> Teacher:         # or a subclass, of `FAMILIES`
     "Open a teacher by name, path or hub id. Raises `FileNotFoundError`, `ValueError`."
-    source, index = teacher_source(name.removeprefix(RANDOM)), 'model_index.json'
-    in_folder = Path(source).is_dir()
-    family = family_of(name, Path(source)/index if in_folder else
-                       Path(hf_hub_download(source, index, revision=kwargs.get('revision'))))
+    source = teacher_source(name.removeprefix(RANDOM))
+    index = Path(source)/'model_index.json'
+    if not Path(source).is_dir():
+        index = Path(hf_hub_download(source, index.name, revision=kwargs.get('revision')))
+    family = family_of(name, index)
     if dtype != torch.float32: kwargs['torch_dtype'] = dtype
-    with _quiet(): pipeline = _open_pipeline(source, **family.left_out | kwargs)
+    with _quiet(): pipeline = _open_pipeline(source, **_without(family, index) | kwargs)
     pipeline.set_progress_bar_config(disable=True)
     if name.startswith(RANDOM):
         denoiser = family.parts[0]
@@ -283,7 +292,7 @@ class Conditioning:
 
     def each(self, function):
         "The function of every tensor."
-        return Conditioning(*(None if t is None else function(t) for t in astuple(self)))
+        return Conditioning(*(None if t is None else function(t) for t in vars(self).values()))
 
     def __len__(self): return len(self.hidden)
     def __getitem__(self, rows): return self.each(lambda tensor: tensor[rows])
@@ -431,3 +440,132 @@ def set_checkpointing(self:Teacher, on:bool=True):
     "Should the blocks of the denoiser compute their activations again for a gradient?"
     if on: self.denoiser.enable_gradient_checkpointing()
     else: self.denoiser.disable_gradient_checkpointing()
+
+# %% ../nbs/02_teacher.ipynb #c73fb2b2
+class SDXLTeacher(Teacher):
+    "Stable Diffusion XL, the base model."
+    parts = ('unet', 'vae', 'text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2',
+             'scheduler')
+    left_out = {}
+
+    @property
+    def vae_dtype(self):
+        overflows = self.dtype == torch.float16 and self.vae.config.force_upcast
+        return torch.float32 if overflows else self.dtype
+
+    def encode_batch(self, captions):
+        "hidden (n, length, width of both encoders) and pooled (n, width), by the pipeline."
+        with _quiet():
+            hidden, _, pooled, _ = self.pipeline.encode_prompt(
+                captions, device=self.device, do_classifier_free_guidance=False)
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([caption == '' for caption in captions], device=self.device)
+            hidden = hidden.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        return Conditioning(hidden, pooled)
+
+    def output(self, noisy, timesteps, conditioning):
+        "Epsilon or v, (batch, *latent_shape)."
+        inputs = noisy.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        conditioning = conditioning.to(self.dtype)
+        added = dict(text_embeds=conditioning.pooled, time_ids=self._sizes(len(noisy)))
+        return self.unet(inputs, timesteps.to(self.device), conditioning.hidden,
+                         added_cond_kwargs=added).sample
+
+# %% ../nbs/02_teacher.ipynb #a9e31821
+@patch
+def _sizes(self:SDXLTeacher, count):
+    "(count, 6) height and width of the original, top and left of the crop, size of the target."
+    side = self.image_size
+    return torch.tensor([[side, side, 0, 0, side, side]]*count, device=self.device)
+
+FAMILIES['StableDiffusionXLPipeline'] = SDXLTeacher
+
+# %% ../nbs/02_teacher.ipynb #c83b81ad
+class PixArtTeacher(Teacher):
+    "PixArt alpha and Sigma."
+    parts = ('transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler')
+    left_out = {}
+
+    def encode_batch(self, captions):
+        "hidden (n, 120 or 300, width) and mask (n, 120 or 300), by the pipeline."
+        with _quiet():
+            hidden, mask, _, _ = self.pipeline.encode_prompt(
+                captions, device=self.device, do_classifier_free_guidance=False)
+        return Conditioning(hidden, mask=mask)
+
+    def output(self, noisy, timesteps, conditioning):
+        "Epsilon, (batch, *latent_shape)."
+        conditioning = conditioning.to(self.dtype)
+        out = self.transformer(
+            noisy.to(self.dtype), conditioning.hidden, timesteps.to(self.device),
+            encoder_attention_mask=conditioning.mask,
+            added_cond_kwargs=self._sizes(len(noisy))).sample
+        return out[:, :self.latent_shape[0]]
+
+# %% ../nbs/02_teacher.ipynb #a6efeb5e
+@patch
+def _sizes(self:PixArtTeacher, count):
+    "Resolution (count, 2) and aspect ratio (count, 1) of square images, where they are wanted."
+    if not self.transformer.use_additional_conditions:
+        return dict(resolution=None, aspect_ratio=None)
+    ones = torch.ones(count, 2, device=self.device, dtype=self.dtype)
+    return dict(resolution=self.image_size*ones, aspect_ratio=ones[:, :1])
+
+FAMILIES['PixArtAlphaPipeline'] = FAMILIES['PixArtSigmaPipeline'] = PixArtTeacher
+
+# %% ../nbs/02_teacher.ipynb #0abe44f2
+class FlowTeacher(Teacher):
+    "What families trained with flow matching share."
+    prediction_type = 'velocity'
+
+    def set_schedule(self):
+        "Noise levels from the lowest. Raises `ValueError` if they depend on the resolution."
+        config = self.scheduler.config
+        if 'shift' not in config or config.use_dynamic_shifting:
+            raise ValueError(f'teacher {self.name!r}: {type(self.scheduler).__name__} gives no '
+                             'fixed noise levels; a FlowMatchEulerDiscreteScheduler without '
+                             'use_dynamic_shifting is supported')
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        self.sigmas = self.scheduler.sigmas.flip(0).to(self.device)
+
+    def alpha_sigma(self, timesteps):
+        "(1 - sigma_t, sigma_t), each (batch, 1, 1, 1)."
+        sigma = self.sigmas[timesteps.to(self.device)].view(-1, 1, 1, 1)
+        return 1 - sigma, sigma
+
+    def predict(self, noisy, timesteps, conditioning):
+        "The velocity, (batch, *latent_shape)."
+        return self.output(noisy, timesteps, conditioning).to(noisy.dtype)
+
+    def target(self, latents, noise):
+        "The velocity that leads from the latents to the noise, (batch, *latent_shape)."
+        return noise - latents
+
+    def predict_noise(self, noisy, timesteps, conditioning):
+        "The noise that the velocity implies, (batch, *latent_shape)."
+        alpha, _ = self.alpha_sigma(timesteps)
+        return (noisy + alpha*self.predict(noisy, timesteps, conditioning)).to(noisy.dtype)
+
+# %% ../nbs/02_teacher.ipynb #fafd5937
+class SD3Teacher(FlowTeacher):
+    "Stable Diffusion 3 and 3.5; the third text encoder may be missing."
+    parts = ('transformer', 'vae', 'text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2',
+             'text_encoder_3', 'tokenizer_3', 'scheduler')
+    may_lack, left_out = ('text_encoder_3', 'tokenizer_3'), {}
+
+    def encode_batch(self, captions):
+        "hidden (n, 77 + 256, width) and pooled (n, width of both CLIP encoders), by the pipeline."
+        with _quiet():
+            hidden, _, pooled, _ = self.pipeline.encode_prompt(
+                captions, None, None, device=self.device, do_classifier_free_guidance=False)
+        return Conditioning(hidden, pooled)
+
+    def output(self, noisy, timesteps, conditioning):
+        "The velocity, (batch, *latent_shape)."
+        conditioning = conditioning.to(self.dtype)
+        steps = self.scheduler.config.num_train_timesteps*self.sigmas[timesteps.to(self.device)]
+        return self.transformer(
+            noisy.to(self.dtype), conditioning.hidden, conditioning.pooled, steps).sample
+
+FAMILIES['StableDiffusion3Pipeline'] = SD3Teacher
