@@ -225,7 +225,8 @@ class ProgressBar(tqdm):
         stream = terminal()
         pace = 1 if stream.isatty() else 30  # seconds; a log file need not hold every second
         rank, _, _ = process_rank()
-        own = dict(file=stream, mininterval=pace, dynamic_ncols=True, disable=rank > 0)
+        own = dict(file=stream, mininterval=pace, dynamic_ncols=True)
+        if rank > 0: own['disable'] = True  # one of several processes shows it
         super().__init__(*args, **own | kwargs)
 
     def display(self, *args, **kwargs):

@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from argparse import ArgumentParser
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -766,7 +767,8 @@ def train(e:Experiment,          # the settings
         finish(record, history, parts, seconds, errors).save(folder/'record.json')
         shutil.rmtree(folder/'checkpoint', ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    # not `end_training`, which would part the processes: another run may follow
+    for tracker in accelerator.trackers: tracker.finish()
     return Run(parts, history, folder, record, seen)
 
 # %% ../nbs/02c_training.ipynb #52a1c61e
@@ -838,4 +840,8 @@ def show_curves(run:Run):
     plt.show()
 
 # %% ../nbs/02c_training.ipynb #3c53a239
-if __name__ == '__main__' and '__file__' in globals(): main()  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():  # not in a notebook
+    # open_clip's gather works, and warns at every place and in every process
+    warnings.filterwarnings('ignore', 'torch.distributed.nn.functional.all_gather', FutureWarning)
+    main()
+    if distributed.is_initialized(): distributed.destroy_process_group()
