@@ -200,7 +200,7 @@ def _round(self:DenoisingScorer,
            number,       # of the round
            ids,          # of the items
            latents,      # (items, P, *latent_shape)
-           conditioning, # (captions, L, D)
+           conditioning, # of the captions, from `encode_captions`
            place,        # (items, K) into `conditioning`
            live,         # (items, K) bool: is the candidate in play?
           ) -> np.ndarray: # (items, P, K) float32, NaN where it is not
@@ -215,7 +215,7 @@ def _round(self:DenoisingScorer,
 
 # %% ../nbs/05b_denoising_scores.ipynb #26af7acf
 def _conditioning(teacher, lists, with_empty):
-    "(captions, L, D) of the distinct captions in lists, and '' added to each; (lists, K) into it."
+    "Of the distinct captions in lists, '' added to each; and (lists, K) rows of it."
     if with_empty: lists = [[*candidates, ''] for candidates in lists]
     distinct = list(dict.fromkeys(caption for candidates in lists for caption in candidates))
     number = {caption: k for k, caption in enumerate(distinct)}
