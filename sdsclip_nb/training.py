@@ -246,7 +246,9 @@ def build(e:Experiment # the settings
     student = load_student(e.arch, e.scale, e.pretrained, device)
     pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed, on_error=e.on_error)
     teacher = latent_map = None
-    if 'teacher' in needs: teacher = load_teacher(e.teacher, device, PRECISIONS[e.precision])
+    if 'teacher' in needs:
+        teacher = load_teacher(e.teacher, device, PRECISIONS[e.precision])
+        teacher.set_checkpointing(e.checkpointing)
     if 'latent_map' in needs: latent_map = make_map(e.latent_map, student, teacher.latent_shape)
     student.set_trainable(e.trainable)
     rank, ranks, _ = process_rank()
