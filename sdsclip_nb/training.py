@@ -757,7 +757,8 @@ def train(e:Experiment,          # the settings
     checkpoint = find_checkpoint(folder, e)
     errors = [] if checkpoint else fit_map(parts)
     share_weights(parts)
-    watch, seen = (list(watch) if parts.latent_map is not None else []), {}
+    shown = parts.latent_map is not None and parts.rank == 0
+    watch, seen = (list(watch) if shown else []), {}
     if watch and not checkpoint: seen['after the first fit'] = seen_by_teacher(parts, watch)
     loop = Loop(parts, accelerator, folder, checkpoint)
     seconds = loop.run(progress)
