@@ -64,7 +64,11 @@ def draw_noise(latents,                   # (batch, *latent_shape): for shape an
     count = ranks*len(latents)*draws
     drawn = torch.randint(low, high + 1, (count,), generator=generator)
     noise = torch.randn(count, *latents.shape[1:], generator=generator, dtype=latents.dtype)
-    return tuple(x.chunk(ranks)[rank].to(latents.device) for x in (drawn, noise))
+    return tuple(_sent(x.chunk(ranks)[rank], latents.device) for x in (drawn, noise))
+
+def _sent(x, device):
+    "On the device, without making the CPU wait for what a GPU has yet to do."
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 # %% ../nbs/02b_losses.ipynb #3ca68ea6
 GRADIENTS = registry('grad')  # name -> function that gives the gradient of the summed errors
