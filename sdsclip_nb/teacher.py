@@ -85,6 +85,7 @@ class Teacher:
 
     Raises `ValueError` for a pipeline that it cannot use."""
     parts = ('unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler')  # the denoiser first
+    captions_at_a_time = 256  # through the text encoders
     may_lack = ()  # those of them that a pipeline may come without
     left_out = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
@@ -247,6 +248,10 @@ def _rgb(image):
     if isinstance(image, Image.Image): return image.convert('RGB')
     return Image.fromarray(np.asarray(image))
 
+def _at_a_time(side):
+    "How many images of `side` pixels go through the VAE together: the pixels of 8 of 512 x 512."
+    return min(64, max(1, 8*512**2//side**2))
+
 def _pixels(images, size):
     "uint8 arrays (n, height, width, 3) or PIL images -> (n, 3, size, size) float in -1..1."
     arrays = [torch.from_numpy(np.array(_square(_rgb(image), size))) for image in images]
@@ -257,11 +262,11 @@ def _pixels(images, size):
 @torch.no_grad()
 def encode_images(self:Teacher,
                   images,            # list of PIL images, or (n, height, width, 3) uint8
-                  batch_size:int|None=None, # images at a time; None: the pixels of 8 of 512 x 512
+                  batch_size:int|None=None, # images at a time; None: see `_at_a_time`
                  ) -> torch.Tensor:  # (n, *latent_shape), scaled
     "The mean of the VAE's posterior, shifted if its configuration says so, and scaled."
     latents, side, config = [], self.image_size, self.vae.config
-    if batch_size is None: batch_size = min(64, max(1, 8*512**2//side**2))
+    batch_size = batch_size or _at_a_time(side)
     for first in range(0, len(images), batch_size):
         pixels = _pixels(images[first:first + batch_size], side)
         latents.append(self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mean)
@@ -273,13 +278,14 @@ def encode_images(self:Teacher,
 @torch.no_grad()
 def decode(self:Teacher,
            latents,            # (n, *latent_shape), scaled
-           batch_size:int=64,  # latents at a time
+           batch_size:int|None=None, # latents at a time; None: see `_at_a_time`
           ) -> np.ndarray:     # (n, image_size, image_size, 3) float in 0..1
     "Latents to images."
     config = self.vae.config
     latents = latents.to(self.device, self.vae.dtype)/config.scaling_factor
     latents = latents + (config.get('shift_factor') or 0)
-    images = torch.cat([self.vae.decode(part).sample for part in latents.split(batch_size)])
+    parts = latents.split(batch_size or _at_a_time(self.image_size))
+    images = torch.cat([self.vae.decode(part).sample for part in parts])
     return VaeImageProcessor().postprocess(images.float(), output_type='np')
 
 # %% ../nbs/02_teacher.ipynb #2f78c7a4
@@ -345,9 +351,10 @@ CACHE_BYTES = 1_000_000_000  # of conditioning: at 77 x 768 numbers of float32 4
 @torch.no_grad()
 def encode_captions(self:Teacher,
                     captions:list[str], # any; '' is the unconditional one
-                    batch_size:int=256, # captions at a time
+                    batch_size:int|None=None, # captions at a time; None: as the family says
                    ) -> torch.Tensor:   # (n, length, width), or a `Conditioning`
     "The conditioning of captions, each distinct one computed once."
+    batch_size = batch_size or self.captions_at_a_time
     new = [c for c in dict.fromkeys(captions) if c not in self._conditioning]
     for first in range(0, len(new), batch_size):
         part = new[first:first + batch_size]
@@ -485,7 +492,7 @@ FAMILIES['StableDiffusionXLPipeline'] = SDXLTeacher
 class PixArtTeacher(Teacher):
     "PixArt alpha and Sigma."
     parts = ('transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler')
-    left_out = {}
+    left_out, captions_at_a_time = {}, 32  # a T5 of 4.7 billion parameters, 300 tokens a caption
 
     def encode_batch(self, captions):
         "hidden (n, 120 or 300, width) and mask (n, 120 or 300), by the pipeline."
@@ -553,6 +560,7 @@ class SD3Teacher(FlowTeacher):
     parts = ('transformer', 'vae', 'text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2',
              'text_encoder_3', 'tokenizer_3', 'scheduler')
     may_lack, left_out = ('text_encoder_3', 'tokenizer_3'), {}
+    captions_at_a_time = 32
 
     def encode_batch(self, captions):
         "hidden (n, 77 + 256, width) and pooled (n, width of both CLIP encoders), by the pipeline."
