@@ -814,6 +814,7 @@ def command_line(arguments:list) -> dict: # setting -> text, or None
         parser.add_argument(f'--{name}', help=setting_help(name).replace('%', '%%'))
     return vars(parser.parse_args(arguments))
 
+# %% ../nbs/02c_training.ipynb #3a2e97b5
 def main(arguments:list|None=None): # None: those of the command line
     "Check the settings, train, print the folder; one of several processes speaks."
     settings = command_line(sys.argv[1:] if arguments is None else arguments)
