@@ -113,11 +113,14 @@ FAMILIES['StableDiffusionPipeline'] = Teacher
 def set_schedule(self:Teacher):
     "The betas of training. Raises `ValueError` for a scheduler or prediction it cannot use."
     config = self.scheduler.config  # whatever sampler the pipeline has, it holds those betas
-    self.prediction_type = config.get('prediction_type', type(self.scheduler).__name__)
-    if 'beta_start' not in config or self.prediction_type not in ('epsilon', 'v_prediction'):
+    if 'beta_start' not in config:
+        raise ValueError(f'teacher {self.name!r}: {type(self.scheduler).__name__} is a schedule '
+                         'without betas; a teacher of this family needs them')
+    self.scheduler = DDPMScheduler.from_config(config)
+    self.prediction_type = self.scheduler.config.prediction_type
+    if self.prediction_type not in ('epsilon', 'v_prediction'):
         raise ValueError(f'teacher {self.name!r} predicts {self.prediction_type!r}; '
                          'epsilon and v_prediction are supported')
-    self.scheduler = DDPMScheduler.from_config(config)
     self.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
 
 # %% ../nbs/02_teacher.ipynb #0b52b765
