@@ -8,8 +8,8 @@ __all__ = ['TRACKERS', 'PRECISIONS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_tracker
            'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step', 'split_batch', 'random_state',
            'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss', 'check_finite', 'save_checkpoint',
            'find_checkpoint', 'make_optimizer', 'pairs_suite', 'validation_suites', 'validate', 'Run',
-           'make_accelerator', 'start', 'Loop', 'share_weights', 'train', 'check_weights', 'save_run', 'finish',
-           'command_line', 'main', 'show_curves']
+           'make_accelerator', 'start', 'Loop', 'own_share', 'share_weights', 'train', 'check_weights', 'save_run',
+           'finish', 'command_line', 'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
@@ -589,6 +589,20 @@ class Loop:
         self.batches = self.make_batches()
         self.suites = validation_suites(self.e) if self.e.eval_every and self.first else []
 
+# %% ../nbs/02c_training.ipynb #039462c1
+def own_share(steps,     # of `PairBatches`: step -> draws of the whole batch
+              rank:int,  # of this process
+              ranks:int, # processes
+             ):
+    "Leave of every batch this process's slice; the others' images are never opened."
+    if ranks == 1: return
+    whole = steps.at
+    def share(step):
+        draws = whole(step)
+        n = len(draws)//ranks
+        return draws[rank*n:(rank + 1)*n]
+    steps.at = share
+
 # %% ../nbs/02c_training.ipynb #f1b240dc
 @patch
 def take_up(self:Loop, checkpoint:dict):
@@ -601,10 +615,11 @@ def take_up(self:Loop, checkpoint:dict):
 def make_batches(self:Loop) -> PairBatches:
     "This process's slices of the batches, from the next step on."
     e, parts, student = self.e, self.parts, self.parts.student
-    share = dict(rank=parts.rank, ranks=parts.ranks) if parts.ranks > 1 else {}
-    return PairBatches(
+    batches = PairBatches(
         parts.pairs, student.preprocess, student.tokenizer, e.batch_size, e.seed, self.done,
-        cache=not PAIRS[e.data].has_folder, num_workers=e.num_workers or 0, **share)
+        cache=not PAIRS[e.data].has_folder, num_workers=e.num_workers or 0)
+    own_share(batches.batch_sampler, parts.rank, parts.ranks)
+    return batches
 
 # %% ../nbs/02c_training.ipynb #028a0d52
 @patch
