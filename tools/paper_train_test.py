@@ -1,34 +1,64 @@
-"""Run the main job at paper scale on a CPU, in the form that the README gives, on stand-ins.
+"""Run the main job at paper scale, in the form that the README gives, on stand-ins.
 
 The student is ViT-B-32 in its real size, the teacher a cut-down Stable Diffusion v1-4, both with
-random weights in the layout of the hub's cache; the pairs are real COCO files. The numbers mean
-nothing. What is tested: that the command finds, loads, trains, evaluates, saves and reopens what
-the paper's experiment is made of, without a network. Ends with `N passed, M failed`.
+random weights in the layout of the hub's cache; the pairs are real COCO files, the benchmark is
+SugarCrepe's real files. The numbers mean nothing. What is tested, in each precision: that the
+command finds, loads, trains, evaluates, draws, saves and reopens what the paper's experiment is
+made of, without a network. `--device cuda` does so on a GPU. Ends with `N passed, M failed`.
 """
 import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import nbformat
 import open_clip
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sdsclip_nb.benchmarks import load_benchmark
+from sdsclip_nb.evaluate import evaluate
 from sdsclip_nb.experiment import TEACHERS
 from sdsclip_nb.mini import mini_tokenizer
-from sdsclip_nb.student import hub_place
+from sdsclip_nb.student import hub_place, load_student
+from sdsclip_nb.sugarcrepe import SUGARCREPE
 
 ROOT = Path(__file__).resolve().parent.parent
-COCO = ROOT.parent / "shared" / "data" / "coco-mini"
-PRECISIONS = {"auto": "no", "bf16": "bf16"}  # asked for -> used; a CPU has no fp16
+SHARED = ROOT.parent / "shared" / "data"
+PRECISIONS = ("no", "bf16", "fp16")
 REVISION = "0" * 40
-SMALL = dict(steps=2, batch_size=4, map_steps=20, device="cpu", save_every=0)
+SMALL = dict(steps=2, batch_size=4, map_steps=4, save_every=0)
+DRAWN = {  # a cell of 03_train that draws -> images it shows
+    "if watched: draw(": 1,  # training pairs
+    "show_curves(run)": 1,
+    "run.seen.items()": 2,  # h_w of them as the VAE decodes it: after the first fit, at the end
+    "show_comparison(": 1,
+}
+
+
+def clone(folder: Path, shared: Path) -> Path:
+    "A folder like a clone of this repository, with COCO and SugarCrepe where the README says"
+    work = folder / "work"
+    crepe = work / "data" / "sugarcrepe"
+    crepe.mkdir(parents=True)
+    (work / "out").mkdir()
+    for name in ("settings.ini", "nbs", "sdsclip_nb"):
+        (work / name).symlink_to(ROOT / name)
+    (work / "data" / "coco").symlink_to(shared / "coco-mini")
+    (crepe / "val2017").symlink_to(shared / "coco-mini" / "val2017")
+    for path in (shared / "sugarcrepe").glob("*.json"):
+        (crepe / path.name).symlink_to(path)
+    return work
 
 
 def snapshot(cache: Path, repo: str) -> Path:
@@ -41,11 +71,19 @@ def snapshot(cache: Path, repo: str) -> Path:
     return place
 
 
+def student_file(cache: Path) -> Path:
+    "Where the hub's cache has the weights of OpenAI's ViT-B-32"
+    repo, _ = hub_place("ViT-B-32", "openai")
+    folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / REVISION
+    return folder / "open_clip_model.safetensors"
+
+
 def stand_in_student(cache: Path) -> None:
     "OpenAI's ViT-B-32 with random weights"
     model = open_clip.create_model("ViT-B-32", force_quick_gelu=True)
     repo, _ = hub_place("ViT-B-32", "openai")
-    save_file(model.state_dict(), snapshot(cache, repo) / "open_clip_model.safetensors")
+    snapshot(cache, repo)
+    save_file(model.state_dict(), student_file(cache))
 
 
 def stand_in_unet() -> UNet2DConditionModel:
@@ -83,61 +121,130 @@ def stand_in_teacher(cache: Path) -> None:
     pipeline.save_pretrained(snapshot(cache, TEACHERS["sd-v1-4"]))
 
 
-def train(folder: Path, precision: str) -> dict:
-    "The record of the main job at paper scale"
-    out = folder / precision
-    given = SMALL | dict(data_root=COCO, precision=precision, out_dir=out)
+def train(work: Path, precision: str, device: str) -> Path:
+    "Run the main job; the folder that it wrote. Next to it lies the executed notebook"
+    out = work / "out" / precision
+    given = SMALL | dict(precision=precision, out_dir=out, device=device)
     options = [word for name, value in given.items() for word in ("-p", name, str(value))]
     papermill = Path(sys.executable).parent / "papermill"
     documented = ["-p", "arch", "ViT-B-32", "-p", "scale", "paper"]
     command = [papermill, "nbs/03_train.ipynb", out.with_suffix(".ipynb"), *documented]
-    environment = os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_CACHE": str(work / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, *options], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        [*command, *options], cwd=work, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    return json.loads((out / "record.json").read_text())
+    return out
 
 
-def check(folder: Path, precision: str) -> None:
-    "The run left what it must: finite losses, a comparison, a student with OpenAI's activation"
-    record = train(folder, precision)
+def check_record(out: Path, precision: str, device: str) -> None:
+    "The losses are finite; scale, precision and device are those asked for"
+    record = json.loads((out / "record.json").read_text())
     losses = [record["values"][name] for name in ("last_clip", "last_sds")]
     assert all(0 < loss < float("inf") for loss in losses), record["values"]
     assert record["scale"] == "paper", record
-    assert record["parameters"]["precision"] == PRECISIONS[precision], record["parameters"]
-    table = json.loads((folder / precision / "comparison.json").read_text())
-    assert {row["metric"] for row in table} >= {"R@1"}, table
-    saved = open_clip.create_model(f"local-dir:{folder / precision / 'student'}")
-    activation = type(saved.transformer.resblocks[0].mlp.gelu).__name__
+    assert record["parameters"]["precision"] == precision, record["parameters"]
+    on_cpu = record["made_by"]["device"] == "cpu"
+    assert on_cpu == (device == "cpu"), record["made_by"]
+
+
+def check_notebook(path: Path) -> None:
+    "Every cell that draws has its images"
+    cells = nbformat.read(path, 4).cells
+    for source, wanted in DRAWN.items():
+        cell = next(cell for cell in cells if source in cell.source)
+        shown = sum("image/png" in output.get("data", {}) for output in cell.outputs)
+        assert shown == wanted, f"{source} shows {shown} images, not {wanted}"
+
+
+def check_table(out: Path) -> dict:
+    "The rows of the comparison, by suite, metric and tag; SugarCrepe and retrieval are there"
+    rows = json.loads((out / "comparison.json").read_text())
+    table = {(row["suite"], row["metric"], row["tag"]): row for row in rows}
+    wanted = {("sugarcrepe", "correct", "all"), ("coco-val-79-retrieval", "R@1", "all")}
+    assert wanted <= set(table), list(table)
+    return table
+
+
+def check_weights(work: Path, out: Path) -> None:
+    "What was trained has changed, and nothing else"
+    before = load_file(student_file(work / "hub"))
+    after = load_file(out / "student" / "open_clip_model.safetensors")
+    assert before.keys() == after.keys(), before.keys() ^ after.keys()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    norms = {name for name in before if ".ln_" in f".{name}"}
+    assert changed == norms, f"{sorted(changed ^ norms)[:5]} changed, or should have"
+
+
+def check_reloaded(work: Path, out: Path, device: str, after: float) -> None:
+    "The saved student has OpenAI's activation, and the outcomes of the trained one"
+    student = load_student(str(out / "student"), "paper", device=device)
+    activation = type(student.model.transformer.resblocks[0].mlp.gelu).__name__
     assert activation == "QuickGELU", activation
+    suite = load_benchmark("sugarcrepe", work / "data" / "sugarcrepe", on_error="skip")
+    table = evaluate(student, [suite]).outcomes["sugarcrepe"]
+    assert set(table.tag) == set(SUGARCREPE), set(table.tag)
+    assert abs(table.correct.mean() - after) < 1e-9, (table.correct.mean(), after)
 
 
-def main() -> int:
+def check(work: Path, precision: str, device: str) -> None:
+    "Run the main job in a precision, and check all that it leaves"
+    out = train(work, precision, device)
+    check_record(out, precision, device)
+    check_notebook(out.with_suffix(".ipynb"))
+    table = check_table(out)
+    check_weights(work, out)
+    check_reloaded(work, out, device, table["sugarcrepe", "correct", "all"]["after"])
+
+
+def check_refusal() -> None:
+    "Without a GPU, `--device cuda` ends at once with one line that says so"
+    said = io.StringIO()
+    with patch("torch.cuda.device_count", return_value=0), contextlib.redirect_stderr(said):
+        status = main(["--device", "cuda"])
+    assert status == 1 and said.getvalue().count("\n") == 1, (status, said.getvalue())
+
+
+def tried(name: str, test: Callable, *arguments) -> bool:
+    "Run a test and print its line; did it pass?"
+    start = time.time()
+    try:
+        test(*arguments)
+    except AssertionError as error:
+        print(f"FAILED {name:<16} {time.time() - start:6.1f} s  {error}", flush=True)
+        return False
+    print(f"ok     {name:<16} {time.time() - start:6.1f} s", flush=True)
+    return True
+
+
+def main(options: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
-    if not COCO.is_dir():
-        print("skipped: ../shared/data/coco-mini is not here\n0 passed, 0 failed")
-        return 0
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: on a GPU (default cpu)")
+    parser.add_argument(
+        "--data", type=Path, default=SHARED, help="folder that holds coco-mini/ and sugarcrepe/"
+    )
+    args = parser.parse_args(options)
+    if args.device.startswith("cuda") and not torch.cuda.device_count():
+        print("torch finds no CUDA device here: run this on a machine with one", file=sys.stderr)
+        return 1
+    for name in ("coco-mini", "sugarcrepe"):
+        if not (args.data / name).is_dir():
+            print(f"skipped: {args.data.name}/{name} is not here; --data names its folder")
+            print("0 passed, 0 failed")
+            return 0
+    passed = [tried("refusal", check_refusal)]
     torch.manual_seed(0)
-    failed = 0
     with tempfile.TemporaryDirectory(prefix="paper") as name:
-        folder = Path(name)
+        work = clone(Path(name), args.data.resolve())
         for stand_in in (stand_in_student, stand_in_teacher):
-            stand_in(folder / "hub")
+            stand_in(work / "hub")
         for precision in PRECISIONS:
-            start = time.time()
-            try:
-                check(folder, precision)
-                print(f"ok     precision {precision:<6} {time.time() - start:6.1f} s", flush=True)
-            except AssertionError as error:
-                failed += 1
-                print(f"FAILED precision {precision:<6} {error}", flush=True)
-    print(f"{len(PRECISIONS) - failed} passed, {failed} failed")
-    return int(failed > 0)
+            passed.append(tried(f"precision {precision}", check, work, precision, args.device))
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return int(not all(passed))
 
 
 if __name__ == "__main__":
