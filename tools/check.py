@@ -561,6 +561,13 @@ def check_paper_train() -> str:
     return next((line for line in lines if line.startswith("skipped")), lines[-1].split(",")[0])
 
 
+def check_ranks() -> str:
+    "two processes, and one in two parts, train as one process does"
+    done = run(sys.executable, ROOT / "tools" / "ranks_test.py", OMP_NUM_THREADS="1")
+    lines = expect(done, "training by several processes:").splitlines()
+    return lines[-1].split(",")[0]
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -578,6 +585,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "graph": check_graph,
     "paper_scale": check_paper_scale,
     "paper_train": check_paper_train,
+    "ranks": check_ranks,
 }
 
 
