@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluate import (
-    cell_interval, cell_mean, interval, KEYS, metric_cells, metric_columns, Result)
+    cell_interval, cell_mean, interval, KEYS, metric_cells, metric_columns, Result, with_samples)
 from .plots import point_ranges
 
 # %% ../nbs/05f_compare.ipynb #6316be86
@@ -85,11 +85,12 @@ def compare(before:Result, # one model
     """Paired difference after - before with its 95 % interval (low, high), McNemar's exact p, p
     corrected by Holm over the rows, and how many items flipped."""
     suites = _shared(before, after)
-    before, after = (dict(metric_cells({suite: r.outcomes[suite] for suite in suites}))
-                     for r in (before, after))
-    keep = _kept(before, after, metrics, tags)
-    table = pd.DataFrame([dict(zip(KEYS, key)) | _paired(before[key], after[key]) for key in keep])
-    return table.assign(p_holm=holm(table.p))
+    cells = [dict(metric_cells({suite: r.outcomes[suite] for suite in suites}))
+             for r in (before, after)]
+    keep = _kept(*cells, metrics, tags)
+    table = pd.DataFrame([dict(zip(KEYS, key)) | _paired(*(cell[key] for cell in cells))
+                          for key in keep])
+    return with_samples(table.assign(p_holm=holm(table.p)), after)
 
 # %% ../nbs/05f_compare.ipynb #54f35554
 def flipped(before:Result,  # one model
@@ -207,7 +208,7 @@ def compare_seeds(list_a:list,  # of `Result`, one a seed
             for key in _kept(a, b, metrics, tags)]
     columns = [*KEYS, 'seeds', 'before', 'after', 'difference', 'sd', 'low', 'high', 'p']
     table = pd.DataFrame(rows, columns=columns)
-    return table.assign(p_holm=holm(table.p))
+    return with_samples(table.assign(p_holm=holm(table.p)), list_b[0])
 
 # %% ../nbs/05f_compare.ipynb #18bc61cc
 SIDE = ('ties_right', 'tie', 'top5', 'R@5', 'R@10',  # drawn only when asked for
@@ -226,6 +227,15 @@ def _label(key):
     suite, metric, tag = key
     return f'{suite} {metric}' + ('' if tag == 'all' else f' ({tag})')
 
+# %% ../nbs/05f_compare.ipynb #7acfa1a8
+def _sample_text(results):
+    "The samples among the suites of several models, for a title; '' for none."
+    listed = [found for group in results.values()
+              for found in ([group] if isinstance(group, Result) else group)]
+    sizes = {(suite, size): None for found in listed
+             for suite, size in found.meta.get('samples', {}).items()}
+    return '\n'.join(f'sample of {suite}: {size}' for suite, size in sizes)
+
 # %% ../nbs/05f_compare.ipynb #d08a6211
 def show_comparison(results:dict, # name -> `Result`, or list of `Result`, one a seed
                     metrics=None, # of (suite, metric) or (suite, metric, tag); None: the main ones
@@ -241,5 +251,6 @@ def show_comparison(results:dict, # name -> `Result`, or list of `Result`, one a
     ax = point_ranges(rows, 'what', 'model', ax)
     over = ' or '.join(dict.fromkeys(rows.variation))
     ax.set_xlabel(f'share of items right; 95 % intervals over {over}')
+    if samples := _sample_text(results): ax.set_title(samples, fontsize=8)
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'KEYS', 'STANDARD', 'winoground_right', 'left_out', 'outcomes', 'interval', 'macro_interval',
-           'metric_columns', 'metric_cells', 'cell_mean', 'cell_interval', 'interval_text', 'formatted', 'Result',
-           'as_scorer', 'evaluate']
+           'metric_columns', 'metric_cells', 'cell_mean', 'cell_interval', 'interval_text', 'formatted', 'with_samples',
+           'Result', 'as_scorer', 'teacher_dtype', 'evaluate']
 
 # %% ../nbs/05d_evaluate.ipynb #9576a6bf
 import json
@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 
 from .benchmarks import load_benchmark
 from .clip_scores import ClipScorer
 from .denoising_scores import DenoisingScorer
-from .record import start_record
+from .record import pick_precision, start_record
 from .scores import suite_scores
-from .suite import groups, METRICS, Suite
+from .suite import groups, METRICS, sample_size, Suite
 
 # %% ../nbs/05d_evaluate.ipynb #4467b7ee
 def winoground_right(scores,   # (items, 2 images, 2 captions), array or tensor; k describes k
@@ -271,6 +272,15 @@ def formatted(table:pd.DataFrame, # with columns low, high
     text = [interval_text(*row) for row in zip(table[value], table.low, table.high)]
     return table.assign(**{value: text}).drop(columns=['low', 'high'])
 
+# %% ../nbs/05d_evaluate.ipynb #81c70641
+def with_samples(table:pd.DataFrame, # with a column suite
+                 result,             # of which it is, a `Result`
+                ) -> pd.DataFrame:   # with a column sample if there is one, '' for whole suites
+    "Say which rows are of a sample of a suite, and how large it is."
+    samples = result.meta.get('samples', {})
+    column = table.suite.map(samples).fillna('')
+    return table.assign(sample=column) if column.any() else table
+
 # %% ../nbs/05d_evaluate.ipynb #3225847b
 class Result:
     "What one model got right on several suites."
@@ -285,17 +295,22 @@ class Result:
     def _metrics(self):
         rows = [(*key, len(cell[0]), *cell_interval(*cell))
                 for key, cell in metric_cells(self.outcomes)]
-        return pd.DataFrame(rows, columns=[*KEYS, 'n', 'value', 'low', 'high'])
+        table = pd.DataFrame(rows, columns=[*KEYS, 'n', 'value', 'low', 'high'])
+        return with_samples(table, self)
 
     def metrics(self) -> pd.DataFrame:
-        "Columns suite, metric, tag, n (items), value, low, high (95 % over test items)."
+        """Columns suite, metric, tag, n (items), value, low, high (95 % over test items); with
+        samples also `sample`, such as '300 of 400 items'."""
         return self._metrics.copy()
 
 # %% ../nbs/05d_evaluate.ipynb #0e78e08f
 @patch
 def __repr__(self:Result):
     overall = self._metrics[self._metrics.tag == 'all'].itertuples()
-    return f'{self.name}: ' + ', '.join(f'{r.suite} {r.metric} {r.value:.3f}' for r in overall)
+    samples = self.meta.get('samples', {})
+    sizes = {suite: f' (sample, {size})' for suite, size in samples.items()}
+    return f'{self.name}: ' + ', '.join(
+        f'{r.suite}{sizes.get(r.suite, "")} {r.metric} {r.value:.3f}' for r in overall)
 
 @patch
 def _repr_html_(self:Result):
@@ -369,6 +384,22 @@ def _with_parts(table, scorer, suite):
         if part in last and len(last[part]) == len(suite): table[part] = np.asarray(last[part])[use]
     return table
 
+# %% ../nbs/05d_evaluate.ipynb #894eb11e
+def teacher_dtype(precision:str, # auto, no, bf16 or fp16
+                  scale:str,     # mini or paper
+                  device,        # torch.device
+                 ) -> torch.dtype: # to load a teacher in
+    "With `auto` float32 at mini scale; at paper scale half precision on a GPU, bf16 if it has it."
+    if precision == 'auto' and scale == 'mini': precision = 'no'
+    picked = pick_precision(precision, device)
+    return dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[picked]
+
+def _precision(scorer):
+    "What the scores were computed in; None for a scorer that does not say."
+    if teacher := getattr(scorer, 'teacher', None):
+        return str(teacher.dtype).removeprefix('torch.')
+    return (scorer.autocast or 'float32') if hasattr(scorer, 'autocast') else None
+
 # %% ../nbs/05d_evaluate.ipynb #43ab8611
 STANDARD = ('mini-winoground-large', 'mini-relation', 'mini-attribution', 'mini-order',
             'mini-zeroshot-object', 'mini-retrieval')
@@ -392,7 +423,9 @@ def evaluate(model,               # a student, a teacher, or a scorer
         details[suite.name] = dict(getattr(scorer, 'details', {}))
     about = {suite.name: _describe(suite) for suite in suites}
     record.inputs = {suite: described['sha256'] for suite, described in about.items()}
-    meta.update(suites=about, details=details, skipped={s.name: left_out(s) for s in suites},
+    samples = {suite.name: size for suite in suites if (size := sample_size(suite))}
+    meta.update(suites=about, samples=samples, precision=_precision(scorer), details=details,
+                skipped={s.name: left_out(s) for s in suites},
                 notes={s.name: s.notes for s in suites}, record=record.finish().to_dict(),
                 seconds=record.seconds)
     return Result(name, tables, meta)

@@ -44,10 +44,15 @@ def _read_table(path):
     return table.assign(line=np.arange(len(table)) + first_line)
 
 # %% ../nbs/05c_recorded_scores.ipynb #26707e61
+def _number(written):
+    "The float64 nearest to what is written; NaN where that is no number."
+    if isinstance(written, bool) or '_' in str(written): return np.nan
+    try: return float(written)
+    except (TypeError, ValueError, OverflowError): return np.nan
+
 def _numbers(path, table):
     "(rows,) float64 scores; NaN only where the file says nan."
-    def plain(x): return 'no number' if isinstance(x, bool) or x in ('', None) else x
-    scores = pd.to_numeric(table.score.map(plain), errors='coerce').astype(float)
+    scores = table.score.map(_number).astype(float)
     says_nan = np.array([str(x).lower() == 'nan' for x in table.score])
     wrong = table[(scores.isna() & ~says_nan) | np.isinf(scores)]
     if len(wrong):
@@ -111,7 +116,7 @@ def _check_unique(self:RecordedScorer, table, wanted):
 # %% ../nbs/05c_recorded_scores.ipynb #b9059341
 @patch
 def _find(self:RecordedScorer, wanted):
-    "(n,) float32 scores of the rows of `wanted`, a table with some of item, image, caption."
+    "(n,) float64 scores of the rows of `wanted`, a table with some of item, image, caption."
     start, keys = time.perf_counter(), list(wanted)
     table = self.table.drop_duplicates([*keys, 'score'])
     self._check_unique(table, wanted)
@@ -123,7 +128,7 @@ def _find(self:RecordedScorer, wanted):
                          'items out of the suite')
     self.details = dict(looked_up=len(wanted), recorded=len(self.table),
                         seconds=round(time.perf_counter() - start, 3))
-    return found.score.to_numpy(np.float32)
+    return found.score.to_numpy(np.float64)
 
 # %% ../nbs/05c_recorded_scores.ipynb #418497cd
 def _pairs(images, captions, image_index, caption_index, ids=None):
@@ -188,7 +193,7 @@ def save_scores(scores:np.ndarray, # from `suite_scores`
     table, shape = _asked(suite, by_item=True)
     if np.size(scores) != len(table):
         raise ValueError(f'scores are {np.shape(scores)}, but suite {suite.name} asks for {shape}')
-    table['score'] = np.asarray(scores, np.float32).ravel()
+    table['score'] = np.asarray(scores, np.float64).ravel()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == '.parquet': table.to_parquet(path, index=False)
     elif path.suffix == '.csv': table.to_csv(path, index=False, na_rep='nan')
