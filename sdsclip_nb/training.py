@@ -218,6 +218,7 @@ class Parts:
     module:Distillation
     teacher:Teacher|None  # None: no term needs it
     pairs:Pairs
+    teacher_batch_size:int|None=None # latents the teacher takes at a time; None: all
     rank:int=0            # of this process
     ranks:int=1           # processes that train together
     @property
@@ -252,7 +253,8 @@ def build(e:Experiment # the settings
     if 'latent_map' in needs: latent_map = make_map(e.latent_map, student, teacher.latent_shape)
     student.set_trainable(e.trainable)
     rank, ranks, _ = process_rank()
-    return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs, rank, ranks)
+    return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs,
+                 e.teacher_batch_size, rank, ranks)
 
 # %% ../nbs/02c_training.ipynb #edc02ae6
 def describe(parts:Parts) -> pd.DataFrame: # columns trained, all; a row for each part
@@ -347,7 +349,8 @@ def complete_step(parts:Parts,
                  ) -> Step:
     "What the terms of the loss see: the student's outputs and what they need of the teacher."
     e, needs, captions = parts.experiment, parts.needs, batch['caption']
-    step = Step(e, number, captions, **outputs, rank=parts.rank, ranks=parts.ranks)
+    step = Step(e, number, captions, **outputs, rank=parts.rank, ranks=parts.ranks,
+                teacher_batch_size=parts.teacher_batch_size)
     if 'teacher' in needs:
         step.teacher = parts.teacher
         step.teacher_captions = _teacher_captions(parts, captions, number)
@@ -655,7 +658,7 @@ def backward_in_parts(self:Loop, batch:dict, number:int) -> dict: # as `backward
 @patch
 def teacher_batch_size(self:Loop, inputs:list) -> int: # latents at a time
     "Those of one part, or fewer if so asked."
-    of_part, asked = len(inputs[0][0]), self.parts.experiment.teacher_batch_size
+    of_part, asked = len(inputs[0][0]), self.parts.teacher_batch_size
     return min(of_part, asked or of_part)
 
 # %% ../nbs/02c_training.ipynb #efa1bdf9

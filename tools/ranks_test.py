@@ -120,14 +120,14 @@ def work(folder: Path) -> None:
         with watched(folder / f"{name}-taken-{rank}.json"):
             train_in(folder / f"{name}-2", **settings)
     with watched(folder / f"cut-taken-{rank}.json", cut=True):
-        train_in(folder / "cut-2", eval_every=5)
+        train_in(folder / "cut-2", eval_every=10)
     torch.distributed.barrier()
     if rank == 0:
         left = sorted(path.name for path in (folder / "cut-2" / "checkpoint").iterdir())
         (folder / "checkpoint.json").write_text(json.dumps(left))
     torch.distributed.barrier()
     with watched(folder / f"resumed-taken-{rank}.json"):
-        train_in(folder / "cut-2", eval_every=5)
+        train_in(folder / "cut-2", eval_every=10)
 
 
 # What is claimed of the results ----------------------------------------------------------------
@@ -235,7 +235,7 @@ def cut_and_resumed(folder: Path) -> str:
     assert found == 0, f"the weights differ by {found:.0e}"
     history = pd.read_csv(folder / "cut-2" / "history.csv")
     evaluated = history["mini-retrieval R@1"].notna().sum()
-    assert evaluated == STEPS // 5, f"{evaluated} evaluations"
+    assert evaluated == STEPS // 10, f"{evaluated} evaluations"
     return "equal to the bit"
 
 
