@@ -35,6 +35,12 @@ FIGURES = config.get("figures", "figures" if SCALE == "mini" else f"figures/{SCA
 RUNS = {r.name: r for r in plan(SCALE, SEEDS, OTHER_SEEDS, EXTRA_SEEDS)}
 PAPERMILL = f"{Path(sys.executable).parent}/papermill"
 GPU = 1 if SCALE == "paper" else 0
+# A core prepares about 180 of COCO's images a second at 224 pixels, and a GPU trains on up to 400: eight keep ahead of it.
+# With fewer, Snakemake gives what there is.
+THREADS = 8 if GPU else 1
+TFLOP = {"exact": 1.726, "sds": 0.803}  # an image through SD v1-4 at 512 pixels and, if exact, back; computed
+PIXELS = {"sd-v2-1": (768 / 512) ** 2}  # beside v1-4's
+SLOW_GPU = 31  # TFLOP/s: a fifth of an A6000's bf16 peak
 
 # The kernel says at every start that its port is not encrypted; nothing to read there.
 shell.prefix("set -euo pipefail; ( ")
@@ -106,6 +112,22 @@ def settings(wildcards):
     return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in changed.items())
 
 
+def training_minutes(wildcards, attempt):
+    "Two hours for loading, the student and its evaluation, and the teacher's share on a slow GPU; more at a second try"
+    if not GPU:
+        return 60 * attempt
+    e = RUNS[f"{wildcards.student}/{wildcards.training}/seed{wildcards.seed}"].experiment()
+    with_teacher = any(term in TEACHER_TERMS for term in e.loss.split("+"))
+    tflop = TFLOP[e.grad] * PIXELS.get(e.teacher, 1) * e.draws if with_teacher else 0
+    images = int(STEPS or e.steps) * e.batch_size
+    return attempt * (120 + round(images * tflop / SLOW_GPU / 60))
+
+
+def memory(wildcards, attempt):
+    "MB of the main memory: models, and images on their way from eight processes; more at a second try"
+    return attempt * (32000 if GPU else 3000)
+
+
 def outcomes(names):
     return [f"{OUT}/outcomes/{n}/metrics.json" for n in names]
 
@@ -149,11 +171,11 @@ rule fine_tune:
         source=source(TRAIN_JOB, "run"),
         settings=settings,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
-    threads: 1
+    threads: THREADS
     resources:
         gpu=GPU,
-        runtime=600 if GPU else 60,  # minutes, for a cluster
-        mem_mb=32000 if GPU else 3000,
+        runtime=training_minutes,  # for a cluster
+        mem_mb=memory,
     shell:
         "{PAPERMILL} {TRAIN_JOB} {log.notebook} --no-progress-bar {params.settings} -p out_dir {params.folder} "
         "-p threads {threads} -p benchmarks none -p progress False"
@@ -173,11 +195,11 @@ rule measure:
         n=ITEMS,
         folder=f"{OUT}/runs/{{student}}/{{training}}/seed{{seed}}",
         to=f"{OUT}/outcomes/{{student}}/{{training}}/seed{{seed}}",
-    threads: 1
+    threads: THREADS
     resources:
         gpu=GPU,
-        runtime=240 if GPU else 30,
-        mem_mb=32000 if GPU else 3000,
+        runtime=lambda w, attempt: attempt * (240 if GPU else 30),
+        mem_mb=memory,
     shell:
         "{PAPERMILL} {MEASURE_JOB} {log.notebook} --no-progress-bar -p scale {SCALE} -p student {wildcards.student} "
         "-p training {wildcards.training} -p seed {wildcards.seed} -p n {params.n} -p threads {threads} -p run_dir {params.folder} -p out_dir {params.to}"
@@ -213,12 +235,12 @@ rule measure_teacher:
         n=ITEMS,
         suites=TEACHER_ITEMS[SCALE],
         to=f"{OUT}/outcomes/teacher:{{teacher}}",
-    threads: 1
+    threads: THREADS
     priority: 1  # the longest steps: begun last, one of them would keep the other cores waiting
     resources:
         gpu=GPU,
-        runtime=600 if GPU else 60,
-        mem_mb=32000 if GPU else 3000,
+        runtime=lambda w, attempt: attempt * (600 if GPU else 60),
+        mem_mb=memory,
     shell:
         "{PAPERMILL} {MEASURE_JOB} {log.notebook} --no-progress-bar -p scale {SCALE} -p student teacher:{wildcards.teacher} "
         "-p n {params.n} -p threads {threads} -p out_dir {params.to}"

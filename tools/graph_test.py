@@ -4,18 +4,21 @@ steps, one small result.
 Asserted: from nothing all is made; then nothing is; prose and outputs of a notebook change nothing;
 its code, a setting, a weight and a module make stale what depends on them and nothing else; a
 failed branch stops no other and is named at the end; the same seed gives the same numbers, and
-without AVX-512 nearly the same. Ends with `N passed, M failed`.
+without AVX-512 nearly the same; at paper scale the SLURM profile asks for the cores, memory, GPU
+and time that each step needs. Ends with `N passed, M failed`.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -271,6 +274,43 @@ def other_processor(copy: Copy) -> None:
         )
 
 
+def asked_for(dry_run: str) -> dict[str, set[tuple[int, ...]]]:
+    "Of each rule: threads, MB of memory, GPUs and minutes of its jobs, as a dry run prints them"
+    asked: dict[str, set[tuple[int, ...]]] = {}
+    for job in re.split(r"^rule ", dry_run, flags=re.MULTILINE)[1:]:
+        threads = re.search(r"^    threads: (\d+)", job, re.MULTILINE)
+        number = dict(re.findall(r"\b(mem_mb|gpu|runtime)=(\d+)", job))
+        values = [int(number.get(name, 0)) for name in ("mem_mb", "gpu", "runtime")]
+        asked.setdefault(job.split(":")[0], set()).add((int(threads[1]) if threads else 1, *values))
+    return asked
+
+
+def slurm_profile(copy: Copy) -> None:
+    "Cores, memory, GPU and time of every rule, by SLURM's plugin where it is installed"
+    options = ["--profile", "tools/slurm", "--cores", "8", "--config", "scale=paper", "seeds=1"]
+    if not find_spec("snakemake_executor_plugin_slurm"):
+        options = ["--executor", "local", *options]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", *options],
+        cwd=copy.folder, env={**os.environ, "PYTHONPATH": str(copy.folder)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    on_gpu = (8, 32000, 1)
+    wanted = {
+        # without a teacher, v1-4 by `sds`, v1-4 exact, v2-1 exact
+        "fine_tune": {(*on_gpu, minutes) for minutes in (120, 375, 669, 1355)},
+        "measure": {(*on_gpu, 240)},
+        "measure_untouched": {(*on_gpu, 240)},
+        "measure_teacher": {(*on_gpu, 600)},
+        "result": {(1, 4000, 0, 30), (1, 4000, 1, 30)},  # one of them runs students
+        "claims": {(1, 4000, 0, 30)},
+    }
+    asked = asked_for(done.stdout)
+    asked.pop("all", None)  # collects the others
+    assert asked == wanted, asked
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,6 +332,7 @@ def main() -> int:
         a_failed_branch,
         same_seed,
         other_processor,
+        slurm_profile,
     ]
     for step in steps:
         start = time.time()
