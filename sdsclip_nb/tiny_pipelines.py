@@ -42,11 +42,12 @@ def _t5():
         vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
 
 # %% ../nbs/02b_tiny_pipelines.ipynb #b856313e
-def _vae(channels=4, **config):
-    "A VAE of 8 x 8 pixels a latent."
+def _vae(channels=4, blocks=4, **config):
+    "A VAE that halves the side at every block but the last."
     return AutoencoderKL(
-        in_channels=3, out_channels=3, block_out_channels=(8, 8, 8, 8), layers_per_block=1,
-        down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
+        in_channels=3, out_channels=3, block_out_channels=(8,)*blocks, layers_per_block=1,
+        down_block_types=('DownEncoderBlock2D',)*blocks,
+        up_block_types=('UpDecoderBlock2D',)*blocks,
         norm_num_groups=4, latent_channels=channels, **config)
 
 def _unet(**config):
@@ -96,18 +97,20 @@ def _sdxl():
         text_encoder_2=_clip(tokenizer, projected=True), scheduler=EulerDiscreteScheduler(**BETAS))
 
 # %% ../nbs/02b_tiny_pipelines.ipynb #ed515c1b
-def _pixart(pipeline, **config):
+def _pixart(pipeline, vae, **config):
     scheduler = DPMSolverMultistepScheduler(
         beta_start=.0001, beta_end=.02, beta_schedule='linear')
     return pipeline(tokenizer=_t5_tokenizer(), text_encoder=_t5(), scheduler=scheduler,
-                    vae=_vae(scaling_factor=.18215), transformer=_pixart_transformer(**config))
+                    vae=vae, transformer=_pixart_transformer(**config))
 
 def _pixart_alpha():
-    "As the one of 1024 pixels: latents of 128 x 128, conditioned on resolution and aspect ratio."
-    return _pixart(PixArtAlphaPipeline, sample_size=128, patch_size=16)
+    "As the one of 1024 pixels: 128 x 128 latents, conditioned on resolution and aspect ratio."
+    small = _vae(blocks=2, scaling_factor=.18215)  # of 256 pixels, for speed
+    return _pixart(PixArtAlphaPipeline, small, sample_size=128, patch_size=16)
 
 def _pixart_sigma():
-    return _pixart(PixArtSigmaPipeline, sample_size=8, use_additional_conditions=False)
+    return _pixart(PixArtSigmaPipeline, _vae(scaling_factor=.13025), sample_size=8, patch_size=2,
+                   use_additional_conditions=False)
 
 # %% ../nbs/02b_tiny_pipelines.ipynb #b4bd9333
 def _sd3(t5=True):
