@@ -181,7 +181,8 @@ def over_seeds(results:list, # of `Result`: the same training with other seeds, 
         rows = [(*key, *crossed_interval(y)[:4]) for key, y in _by_seed(results).items()]
         table = pd.DataFrame(rows, columns=[*KEYS, 'value', 'sd', 'low', 'high'])
         table = table.assign(seeds=len(results), variation='training seeds and test items')
-    return table[[*KEYS, 'seeds', 'value', 'sd', 'low', 'high', 'variation']]
+    table = table[[*KEYS, 'seeds', 'value', 'sd', 'low', 'high', 'variation']]
+    return with_samples(table, results[0])
 
 # %% ../nbs/05f_compare.ipynb #3608b6c3
 def _check_seeds(list_a, list_b):

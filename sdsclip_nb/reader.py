@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_WORDS', 'IMAGE_FILES', 'WITHOUT_FILES', 'BENCHMARKS', 'LazyImage', 'Images', 'check_caption', 'Builder',
-           'file_image', 'require_files', 'hub_rows', 'row_image', 'rows_with_images', 'Benchmark', 'benchmark',
-           'open_benchmark']
+           'image_files', 'file_image', 'require_files', 'hub_rows', 'row_image', 'rows_with_images', 'Benchmark',
+           'benchmark', 'open_benchmark']
 
 # %% ../nbs/04a_reader.ipynb #0edeec73
 from collections.abc import Callable
@@ -122,6 +122,12 @@ class _EveryFile:
     "The files of a folder that need not be there."
     def __contains__(self, name): return True
 
+def image_files(root:Path,    # the benchmark's folder
+                folder:str='', # below it
+               ) -> Listing:
+    "The files of a folder of images; any name is one where images are not needed."
+    return listing(root, folder) if _NEED_IMAGES.get() else Listing(folder, _EveryFile())
+
 # %% ../nbs/04a_reader.ipynb #299a7cc0
 def file_image(builder:Builder,
                image,         # `LazyImage`, or a file name
@@ -131,10 +137,7 @@ def file_image(builder:Builder,
     "An image as given, or of a file below `root/folder`. Raises `BadItem` if it is not there."
     if isinstance(image, LazyImage): return image
     root = Path(builder.root)
-    if folder not in builder._listings:
-        present = _NEED_IMAGES.get()
-        files = listing(root, folder) if present else Listing(folder, _EveryFile())
-        builder._listings[folder] = files
+    if folder not in builder._listings: builder._listings[folder] = image_files(root, folder)
     return LazyImage(str(image), root/file_below(image, builder._listings[folder]), box)
 
 # %% ../nbs/04a_reader.ipynb #303d0255

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from .pairs import (
-    BadItem, Intake, listing, load_pairs, need, open_rgb, Pairs, PAIRS, read_json_file)
-from .reader import benchmark, Builder, check_caption, LazyImage, MAX_WORDS
+    BadItem, Intake, load_pairs, need, open_rgb, Pairs, PAIRS, read_json_file)
+from .reader import (
+    benchmark, Builder, check_caption, image_files, LazyImage, MAX_WORDS)
 from .suite import Suite
 
 # %% ../nbs/04g_retrieval.ipynb #86df13a3
@@ -80,7 +81,7 @@ def karpathy_pairs(name:str,     # of the source
                    on_error:str, # 'raise' or 'skip'
                   ) -> Pairs:
     "A Karpathy split. An image one of whose captions cannot be used is left out as a whole."
-    intake, files = Intake(root, on_error), listing(root, folder)
+    intake, files = Intake(root, on_error), image_files(root, folder)
     for where, image, captions in karpathy_entries(intake, file, folder):
         with intake.trying(where):
             captions = [check_caption(_short(caption)) for caption in captions]
