@@ -235,8 +235,8 @@ model = CLIPModel.from_pretrained('{place}')
 processor = CLIPProcessor.from_pretrained('{place}')
 ```
 '''
-LIMITS = '''The student is a fine-tuned CLIP and keeps the biases and limits of its base model. Benchmark values
-hold for the items named above and one training seed.'''
+LIMITS = '''The student is a fine-tuned CLIP and keeps the biases and limits of its base model.
+Benchmark values hold for the items named above and one training seed.'''
 
 def _loading(hub_id, both) -> str:
     "How the student is opened."
