@@ -106,10 +106,8 @@ reproduce: $(STAMP) ## make every table, figure and claim (SEEDS=5, SCALE=paper,
 	$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet rules reason host --resources mem_mb=$(MEMORY) $(if $(filter paper,$(SCALE)),gpu=1) \
 		--config scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS) all_seeds=$(SEEDS)) $(ARGS)
 
-bench: $(STAMP) ## time the main job, and the scorers against the plain ways (ARGS="--repeat 3")
+bench: $(STAMP) ## measure speed and memory: figures/bench.json and bench.md (ARGS="--only efficiency plain")
 	$(BIN)/python tools/bench.py $(ARGS)
-	$(BIN)/python tools/bench_scores.py
-	$(BIN)/python tools/bench_scores.py --part denoising
 
 clean: ## remove what can be made again, except .venv and downloaded data
 	rm -rf out runs build dist *.egg-info .ruff_cache .snakemake

@@ -1,9 +1,18 @@
-"""Time the main job as a user runs it: papermill on nbs/03_train.ipynb, in a process of its own.
+"""Measure the speed of the kit on this machine: figures/bench.json, a table in figures/bench.md.
 
-Options that are not listed here go to papermill, such as `-p arch RN50 -p steps 200`.
+efficiency  the work of student and teacher alone, as a share of a whole training step (mini scale)
+plain       a plain training loop, as released code has it, against the kit's (mini scale)
+loading     images a second at 224 pixels by number of workers (needs COCO's files, see --coco)
+scoring     CLIP scores in batches, and denoising scores by the paired scheme
+memory      of Stable Diffusion v1-4 and v2-1 at batch 32, computed; on a GPU also a real step's
+main        papermill on nbs/03_train.ipynb, in a process of its own
+
+Options that are not listed here go to papermill for the main job, such as `-p arch RN50`.
 """
 
 import argparse
+import copy
+import io
 import json
 import os
 import platform
@@ -12,62 +21,432 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
 PACKAGES = ["torch", "open_clip_torch", "diffusers", "transformers", "accelerate"]
+BLOCK = 10  # steps timed at once: the kit fetches its losses every ten
+GOALS = {"efficiency": 0.95, "sds": 2.2, "exact": 1.6, "scoring": 5.0, "calls": 0.25}
+
+
+def row(what: str, measured, goal=None, met=None) -> dict:
+    "One line of the table"
+    outcome = "" if goal is None else "met" if met else "missed"
+    return {"what": what, "measured": measured, "goal": goal, "outcome": outcome}
+
+
+def at_least(what: str, measured: float, goal: float) -> dict:
+    "A line whose goal is a lower bound"
+    return row(what, round(measured, 3), f"at least {goal}", measured >= goal)
+
+
+def seconds_of(work) -> float:
+    "How long a function takes, with what it left to a GPU"
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(ways: dict, blocks: int) -> dict[str, float]:
+    "Median seconds a step of functions that do `BLOCK` steps, in alternation; the first is warm-up"
+    seconds = {name: [] for name in ways}
+    for _ in range(blocks + 1):
+        for name, work in ways.items():
+            seconds[name].append(seconds_of(work) / BLOCK)
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+
+
+class Kit:
+    "A training run of the kit at mini scale, as far as its steps"
+
+    def __init__(self, grad: str, folder: str, steps: int):
+        from sdsclip_nb.experiment import Experiment
+        from sdsclip_nb.training import Loop, build, fit_map, start
+
+        self.e = Experiment(grad=grad, out_dir=folder, steps=steps, map_steps=20)
+        self.parts = build(self.e)
+        self.e = self.parts.experiment
+        self.accelerator, run_folder, _ = start(self.e, self.parts)
+        fit_map(self.parts)
+        self.loop = Loop(self.parts, self.accelerator, run_folder)
+        self.loop.module.train()
+        self.batches = iter(self.loop.batches)
+        self.number, self.last = 0, []
+
+    def steps(self):
+        "As `Loop.run` takes them, losses fetched and logged at the end"
+        self.last = []
+        for _ in range(BLOCK):
+            batch = next(self.batches)
+            values = self.loop.update(batch, self.number)
+            self.loop.history.append({"step": self.number + 1} | values)
+            said = {name: batch[name] for name in ("id", "caption")}
+            self.loop.unsettled.append((self.loop.history[-1], said))
+            self.last.append(batch)
+            self.number += 1
+        self.loop.settle()
+
+
+class Bare:
+    "The work of student and teacher on the tensors of a kit's last steps, and nothing else"
+
+    def __init__(self, kit: Kit):
+        self.kit, self.ready, self.of = kit, [], None
+
+    def prepare(self):
+        "Tensors in place, before the clock runs"
+        from sdsclip_nb.losses import draw_noise
+        from sdsclip_nb.training import student_inputs
+
+        parts = self.kit.parts
+        self.ready, self.of = [], self.kit.number
+        for batch in self.kit.last:
+            inputs = student_inputs(parts, batch)
+            with torch.no_grad():
+                outputs = parts.module(*inputs)
+                drawn, noise = draw_noise(outputs["latents"], self.kit.e.timesteps)
+                noisy = parts.teacher.add_noise(outputs["latents"], noise, drawn)
+            conditioning = parts.teacher.encode_captions(batch["caption"])
+            gradients = {name: torch.randn_like(value) for name, value in outputs.items()}
+            self.ready.append((inputs, gradients, noisy, drawn, conditioning))
+
+    def steps(self):
+        "Student forward and backward; teacher forward, and its input gradient if it is exact"
+        parts, exact = self.kit.parts, self.kit.e.grad == "exact"
+        for inputs, gradients, noisy, drawn, conditioning in self.ready:
+            outputs = parts.module(*inputs)
+            with torch.set_grad_enabled(exact):
+                latents = noisy.detach().requires_grad_(exact)
+                predicted = parts.teacher.predict(latents, drawn, conditioning)
+                if exact:
+                    torch.autograd.grad(predicted.sum(), latents)
+            kept = [name for name in outputs if outputs[name].requires_grad]
+            torch.autograd.backward(
+                [outputs[name] for name in kept], [gradients[name] for name in kept])
+            self.kit.loop.optimizer.zero_grad()
+
+
+def efficiency(args) -> dict:
+    "Milliseconds of the bare work and of a whole step, in alternation, block by block"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    blocks = 3 if args.quick else 12
+    details, rows = {}, []
+    for grad in ("sds", "exact"):
+        with tempfile.TemporaryDirectory() as folder:
+            kit = Kit(grad, folder, (blocks + 1) * BLOCK)
+            bare = Bare(kit)
+            ratios, seconds = [], {"bare": [], "whole": []}
+            for k in range(blocks + 1):
+                whole = seconds_of(kit.steps) / BLOCK
+                bare.prepare()
+                alone = seconds_of(bare.steps) / BLOCK
+                if k:  # the first is warm-up
+                    seconds["whole"].append(whole)
+                    seconds["bare"].append(alone)
+                    ratios.append(alone / whole)
+        medians = {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
+        share = medians["bare"] / medians["whole"]
+        details[grad] = {"milliseconds": medians, "share": share, "by block": ratios}
+        say(f"{grad}: {medians['bare']:.1f} of {medians['whole']:.1f} ms a step")
+        what = f"share of a step that is student and teacher, {grad}, 1 thread"
+        rows.append(at_least(what, share, GOALS["efficiency"]))
+    torch.set_num_threads(threads)
+    return {"rows": rows, "details": details}
+
+
+class Plain:
+    "The same training as released code writes it: nothing kept, nothing frozen, decoded in line"
+
+    def __init__(self, kit: Kit, way: str):
+        self.e, self.way, self.number = kit.e, way, 0
+        source = kit.parts
+        self.device, self.items = source.device, source.pairs.items
+        self.draws = iter(kit.loop.batches.batch_sampler)
+        self.student = copy.deepcopy(source.student)
+        self.map = copy.deepcopy(source.latent_map)
+        teacher = source.teacher
+        self.scheduler, self.tokenizer = teacher.scheduler, teacher.tokenizer
+        self.encoder = copy.deepcopy(teacher.text_encoder).requires_grad_(True)
+        self.unet = copy.deepcopy(teacher.unet).requires_grad_(True)
+        self.unet.to(memory_format=torch.contiguous_format)
+        self.alphas = teacher.alphas_cumprod
+        self.files = [jpeg(source.pairs[i].image) for i in range(len(source.pairs))]
+        self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.trained += list(self.map.parameters())
+        self.optimizer = torch.optim.AdamW(self.trained, self.e.lr, weight_decay=0.0)
+
+    def steps(self):
+        "Ten steps"
+        for _ in range(BLOCK):
+            self.step(next(self.draws))
+
+    def load(self, draws) -> tuple:
+        "Images decoded and prepared, and captions"
+        opened = [Image.open(io.BytesIO(self.files[d.index])).convert("RGB") for d in draws]
+        images = torch.stack([self.student.preprocess(image) for image in opened])
+        own = [self.items[d.index].captions for d in draws]
+        captions = [some[int(d.caption * len(some))] for some, d in zip(own, draws)]
+        return images.to(self.device), captions
+
+    def step(self, draws):
+        "One optimizer step"
+        images, captions = self.load(draws)
+        features = self.student.model.encode_image(images)
+        texts = self.student.model.encode_text(self.student.tokenizer(captions).to(self.device))
+        scores = F.normalize(features, dim=-1) @ F.normalize(texts, dim=-1).T
+        logits = self.student.model.logit_scale.exp() * scores
+        labels = torch.arange(len(images), device=self.device)
+        clip = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        loss = clip + self.e.lam * self.sds(self.map(features), captions)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.e.clip_grad)
+        self.optimizer.step()
+        self.unet.zero_grad()
+        loss.item()
+
+    def sds(self, latents, captions) -> torch.Tensor:
+        "The denoising error, or DreamFusion's stop-gradient loss with the same gradient as `sds`"
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
+                             max_length=self.tokenizer.model_max_length).input_ids
+        with torch.no_grad():
+            hidden = self.encoder(ids.to(self.device))[0]
+        first, last = self.e.timesteps
+        drawn = torch.randint(first, last + 1, (len(latents),), device=self.device)
+        noise = torch.randn_like(latents)
+        noisy = self.scheduler.add_noise(latents, noise, drawn)
+        weight = (1 - self.alphas[drawn]).view(-1, 1, 1, 1)
+        if self.way == "autograd":
+            predicted = self.unet(noisy, drawn, hidden).sample
+            return (weight * (predicted - noise) ** 2).mean()
+        with torch.no_grad():
+            predicted = self.unet(noisy, drawn, hidden).sample
+        target = (latents - weight * (predicted - noise)).detach()
+        return 0.5 * F.mse_loss(latents, target)
+
+
+def jpeg(image) -> bytes:
+    "An image as a file"
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def plain(args) -> dict:
+    "Seconds of a step of the plain loop over those of the kit's"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    blocks = 2 if args.quick else 6
+    with tempfile.TemporaryDirectory() as tmp:
+        steps = (blocks + 1) * BLOCK
+        kits = {grad: Kit(grad, f"{tmp}/{grad}", steps) for grad in ("sds", "exact")}
+        loops = {way: Plain(kits["sds"], way) for way in ("autograd", "stop-gradient")}
+        ways = {f"kit, {grad}": kit.steps for grad, kit in kits.items()}
+        ways |= {f"plain, {way}": loop.steps for way, loop in loops.items()}
+        seconds = alternate(ways, blocks)
+    torch.set_num_threads(threads)
+    say(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items()))
+    rows = []
+    for grad, way in (("sds", "autograd"), ("sds", "stop-gradient"), ("exact", "autograd")):
+        ratio = seconds[f"plain, {way}"] / seconds[f"kit, {grad}"]
+        what = f"times as fast as a plain loop ({way}), {grad}, 1 thread"
+        rows.append(at_least(what, ratio, GOALS[grad]))
+    return {"rows": rows, "details": {"seconds a step": seconds}}
+
+
+def loading(args) -> dict:
+    "Images a second by workers, and what a step takes"
+    import open_clip
+
+    from sdsclip_nb.batches import PairBatches
+    from sdsclip_nb.pairs import load_pairs
+
+    if not args.coco.is_dir():
+        return skipped("loading", f"{args.coco} is not there: give COCO's folder with --coco")
+    pairs = load_pairs("coco", args.coco, on_error="skip")
+    preprocess = open_clip.image_transform(224, is_train=False)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    count = 4 if args.quick else 12
+    rates = {}
+    for workers in (0, 1, 2):
+        batches = iter(PairBatches(pairs, preprocess, tokenizer, 32, num_workers=workers))
+        for _ in range(1 + 2 * workers):  # what the workers prepared while they started
+            size = len(next(batches)["image"])
+        seconds = seconds_of(lambda ahead=batches: [next(ahead) for _ in range(count)])
+        rates[workers] = size * count / seconds
+        say(f"{workers} workers: {rates[workers]:.0f} images/s")
+    with tempfile.TemporaryDirectory() as folder:
+        kit = Kit("sds", folder, 3 * BLOCK)
+        needed = kit.e.batch_size / alternate({"step": kit.steps}, 2)["step"]
+    rows = [row(f"images/s at 224 pixels, {n} workers", round(rate)) for n, rate in rates.items()]
+    rows.append(row("images/s that a step of batch 32 takes, mini scale, sds", round(needed)))
+    rows.append(row("images/s for one pass over COCO in 5 minutes (sds on an H100)",
+                    round(118_287 / 300)))
+    return {"rows": rows, "details": {"images": len(pairs), "rates": rates, "needed": needed}}
+
+
+def scoring(args) -> dict:
+    "By tools/bench_scores.py"
+    import bench_scores
+
+    rows, details = [], {}
+    crepe, images = args.sugarcrepe, args.coco / "val2017"
+    if crepe.is_dir() and images.is_dir():
+        options = Namespace(data=crepe, images=images, model="ViT-B-32", batch_size=256,
+                            repeat=1 if args.quick else 3)
+        details["clip"] = found = bench_scores.clip(options)
+        what = f"times as fast as one at a time, CLIP scores of {found['items']} SugarCrepe items"
+        rows.append(at_least(what, found["ratio"], GOALS["scoring"]))
+    else:
+        rows += skipped("CLIP scores", f"{crepe} or {images} is not there")["rows"]
+    say("denoising scores")
+    details["denoising"], line = denoising(bench_scores, 20 if args.quick else 100)
+    return {"rows": [*rows, line], "details": details}
+
+
+def denoising(bench_scores, items: int) -> tuple[dict, dict]:
+    "Calls of the UNet by the paired, adaptive scheme against the plain scheme's, as many draws"
+    options = Namespace(teacher="mini", items=items, draws=16, paired_draws=0,
+                        teacher_batch_size=64)
+    found = bench_scores.denoising(options)
+    most = max(r["evaluations"] for r in found["rows"] if r["scheme"] == "plain")
+    ours = found["rows"][-1]
+    share, goal = ours["evaluations"] / most, GOALS["calls"]
+    what = (f"share of the plain scheme's UNet calls (16 draws), denoising scores of {items} items"
+            f"; text {ours['text'][0]:.3f}, plain {found['rows'][-2]['text'][0]:.3f}")
+    return found, row(what, round(share, 3), f"at most {goal}", share <= goal)
+
+
+def memory(args) -> dict:
+    "Computed from the settings; on a GPU also measured in real steps"
+    try:
+        from sdsclip_nb.cost import memory_table
+    except ImportError:
+        return skipped("memory", "sdsclip_nb.cost is not available")
+    table = memory_table()
+    rows = []
+    for entry in table.to_dict("records"):
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in entry.items()
+                            if isinstance(value, float))
+        rows.append(row(f"GB, {entry['teacher']}, {entry['way']}", numbers))
+    if torch.cuda.is_available():
+        rows += [on_gpu(grad) for grad in ("sds", "exact")]
+    return {"rows": rows, "details": {"table": table.to_dict("records")}}
+
+
+def on_gpu(grad: str) -> dict:
+    "Most memory of ten real steps at mini scale"
+    with tempfile.TemporaryDirectory() as folder:
+        kit = Kit(grad, folder, BLOCK)
+        torch.cuda.reset_peak_memory_stats()
+        kit.steps()
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return row(f"GB allocated at most in ten steps, mini scale, {grad}", round(peak, 3))
 
 
 def time_once(options: list[str]) -> float:
     "Seconds that one run of the main job takes"
     papermill = Path(sys.executable).with_name("papermill")
     with tempfile.TemporaryDirectory() as tmp:
+        command = [papermill, "nbs/03_train.ipynb", Path(tmp) / "run.ipynb", "--no-progress-bar"]
         start = time.perf_counter()
-        subprocess.run(
-            [
-                papermill,
-                "nbs/03_train.ipynb",
-                Path(tmp) / "run.ipynb",
-                "--no-progress-bar",
-                *options,
-            ],
-            cwd=ROOT,
-            check=True,
-        )
+        subprocess.run([*command, *options], cwd=ROOT, check=True)
         return time.perf_counter() - start
 
 
-def main() -> int:
+def main_job(args) -> dict:
+    "Seconds and peak memory of nbs/03_train.ipynb"
+    options = [*(["-p", "steps", "50"] if args.quick else []), *args.options]
+    seconds = [round(time_once(options), 1) for _ in range(args.repeat)]
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    peak = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6)
+    said = f" ({' '.join(options)})" if options else ""
+    rows = [row(f"seconds of the main job{said}", min(seconds)),
+            row("MB of memory of the main job, at most", peak)]
+    return {"rows": rows, "details": {"seconds": seconds, "peak_memory_mb": peak}}
+
+
+PARTS = {"efficiency": efficiency, "plain": plain, "loading": loading, "scoring": scoring,
+         "memory": memory, "main": main_job}
+
+
+def say(text: str):
+    "A line of progress"
+    print(f"  {text}", flush=True)
+
+
+def skipped(what: str, why: str) -> dict:
+    "A part that cannot run here"
+    say(f"skipped: {why}")
+    return {"rows": [row(what, f"skipped: {why}")], "details": {}}
+
+
+def machine() -> dict:
+    "Where the numbers come from"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {"device": name or platform.machine(), "machine": platform.machine(),
+            "cpus": os.cpu_count(), "load": [round(x, 2) for x in os.getloadavg()],
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES}}
+
+
+def table_of(result: dict) -> str:
+    "The table, as Markdown"
+    where = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["packages"].items())
+    lines = [f"{where['device']}, {where['cpus']} CPU cores, load {where['load'][0]} at the start, "
+             f"Python {where['python']}, {versions}; {result['seconds']} s in all.", "",
+             "| part | what | measured | goal | |", "|---|---|---|---|---|"]
+    for part, found in result["parts"].items():
+        for line in found["rows"]:
+            cells = [part, line["what"], line["measured"], line["goal"] or "", line["outcome"]]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeat", type=int, default=1, help="number of runs (default 1)")
-    args, options = parser.parse_known_args()
-    try:
-        seconds = [round(time_once(options), 1) for _ in range(args.repeat)]
-    except subprocess.CalledProcessError as error:
-        print(f"the main job failed with exit status {error.returncode}", file=sys.stderr)
-        return 1
-    unit = (
-        1 if sys.platform == "darwin" else 1024
-    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    result = {
-        "seconds": seconds,
-        "peak_memory_mb": round(
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6
-        ),
-        "options": options,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-    }
-    out = ROOT / "out" / "bench.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    print(f"written to {out.relative_to(ROOT)}")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=[*PARTS], default=[*PARTS], metavar="PART")
+    add("--quick", action="store_true", help="fewer steps, and a main job of 50")
+    add("--repeat", type=int, default=1, help="runs of the main job (default 1)")
+    add("--coco", type=Path, default=SHARED / "coco-mini", help="COCO's folder")
+    add("--sugarcrepe", type=Path, default=SHARED / "sugarcrepe", help="SugarCrepe's JSON files")
+    add("--out", type=Path, default=ROOT / "figures", help="folder of bench.json and bench.md")
+    args, args.options = parser.parse_known_args()
+    return args
+
+
+def main() -> int:
+    args = parse()
+    start = time.perf_counter()
+    result = {"machine": machine(), "quick": args.quick, "seconds": None, "parts": {}}
+    for part in args.only:
+        print(part, flush=True)
+        try:
+            result["parts"][part] = PARTS[part](args)
+        except subprocess.CalledProcessError as error:
+            print(f"the main job failed with exit status {error.returncode}", file=sys.stderr)
+            return 1
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "bench.md").write_text(table_of(result))
+    print(table_of(result))
     return 0
 
 
