@@ -355,26 +355,26 @@ def scoring(args) -> dict:
     crepe, images = args.sugarcrepe, args.coco / "val2017"
     if crepe.is_dir() and images.is_dir():
         options = Namespace(data=crepe, images=images, model="ViT-B-32", batch_size=256,
-                            repeat=1 if args.quick else 3)
+                            repeat=1 if args.quick else 2)
         details["clip"] = found = bench_scores.clip(options)
         what = f"times as fast as one at a time, CLIP scores of {found['items']} SugarCrepe items"
         rows.append(at_least(what, found["ratio"], GOALS["scoring"]))
     else:
         rows += skipped("CLIP scores", f"{crepe} or {images} is not there")["rows"]
     say("denoising scores")
-    details["denoising"], line = denoising(bench_scores, 20 if args.quick else 100)
+    details["denoising"], line = denoising(bench_scores, 10 if args.quick else 40)
     return {"rows": [*rows, line], "details": details}
 
 
 def denoising(bench_scores, items: int) -> tuple[dict, dict]:
     "Calls of the UNet by the paired, adaptive scheme against the plain scheme's, as many draws"
-    options = Namespace(teacher="mini", items=items, draws=16, paired_draws=0,
+    options = Namespace(teacher="mini", items=items, draws=64, paired_draws=0,
                         teacher_batch_size=64)
     found = bench_scores.denoising(options)
     most = max(r["evaluations"] for r in found["rows"] if r["scheme"] == "plain")
     ours = found["rows"][-1]
     share, goal = ours["evaluations"] / most, GOALS["calls"]
-    what = (f"share of the plain scheme's UNet calls (16 draws), denoising scores of {items} items"
+    what = (f"share of the plain scheme's UNet calls (64 draws), denoising scores of {items} items"
             f"; text {ours['text'][0]:.3f}, plain {found['rows'][-2]['text'][0]:.3f}")
     return found, row(what, round(share, 3), f"at most {goal}", share <= goal)
 
