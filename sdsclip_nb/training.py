@@ -8,11 +8,12 @@ __all__ = ['TRACKERS', 'PRECISIONS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_tracker
            'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step', 'split_batch', 'random_state',
            'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss', 'check_finite', 'save_checkpoint',
            'find_checkpoint', 'make_optimizer', 'pairs_suite', 'validation_suites', 'validate', 'Run',
-           'make_accelerator', 'start', 'Loop', 'own_share', 'share_weights', 'train', 'check_weights', 'save_run',
-           'finish', 'command_line', 'main', 'show_curves']
+           'make_accelerator', 'start', 'Loop', 'own_share', 'default_workers', 'share_weights', 'train',
+           'check_weights', 'save_run', 'finish', 'command_line', 'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
+import os
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
+from .cost import denoiser_config, fitting_chunk, memory_needs
 from .experiment import (
     RANDOM, Experiment, choice_problems, from_root, nearest, run_name, setting_help,
     setting_problems, settings_digest)
@@ -132,12 +134,16 @@ def _without(given, problems):
 def _plain(teacher): return teacher.removeprefix(RANDOM)
 
 # %% ../nbs/02c_training.ipynb #b0237493
+def _gb_needed(e) -> str:
+    "What a GPU needs, where that is known."
+    if 'teacher' not in needs_of(e) or denoiser_config(e.teacher) is None: return ''
+    return (f' ({memory_needs(e, e.teacher_batch_size)["total"]:.0f} GB for these settings; '
+            'less with teacher_batch_size, checkpointing or accumulate)')
+
 def _missing_gpu(e:Experiment) -> list:
     "At paper scale a GPU, unless another device is asked for."
     if e.scale != 'paper' or e.device != 'auto' or cuda_devices(): return []
-    return [Missing('a CUDA GPU',
-                    'a machine with an NVIDIA GPU and its driver (24 GB for Stable Diffusion v1-4 '
-                    'at batch size 32 in float16; less with teacher_batch_size)',
+    return [Missing('a CUDA GPU', f'a machine with an NVIDIA GPU and its driver{_gb_needed(e)}',
                     'this machine, or run there')]
 
 # %% ../nbs/02c_training.ipynb #23933ea8
@@ -237,6 +243,11 @@ def rank_device(device:str     # as in `Experiment`
 # %% ../nbs/02c_training.ipynb #6ac85456
 PRECISIONS = dict(no=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)  # of the teacher
 
+def _fitting(e, device) -> int|None:
+    "Latents the teacher takes at a time on this GPU; None: all, or what it takes is not known."
+    if device.type != 'cuda' or e.scale == 'mini' or denoiser_config(e.teacher) is None: return None
+    return fitting_chunk(e, torch.cuda.mem_get_info(device)[0])
+
 def build(e:Experiment # the settings
          ) -> Parts:
     "Load the student, the pairs, and what the terms of the loss need. Raises `MissingError`."
@@ -254,7 +265,7 @@ def build(e:Experiment # the settings
     student.set_trainable(e.trainable)
     rank, ranks, _ = process_rank()
     return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs,
-                 e.teacher_batch_size, rank, ranks)
+                 e.teacher_batch_size or _fitting(e, device), rank, ranks)
 
 # %% ../nbs/02c_training.ipynb #edc02ae6
 def describe(parts:Parts) -> pd.DataFrame: # columns trained, all; a row for each part
@@ -606,6 +617,14 @@ def own_share(steps,     # of `PairBatches`: step -> draws of the whole batch
         return draws[rank*n:(rank + 1)*n]
     steps.at = share
 
+# %% ../nbs/02c_training.ipynb #6a35b1e4
+def default_workers(ranks:int=1 # processes that train on this machine
+                   ) -> int:    # processes that load images for each
+    "One for each core that is left, at most 8."
+    affinity = getattr(os, 'sched_getaffinity', None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return min(8, max(0, cores//ranks - 1))
+
 # %% ../nbs/02c_training.ipynb #f1b240dc
 @patch
 def take_up(self:Loop, checkpoint:dict):
@@ -618,9 +637,12 @@ def take_up(self:Loop, checkpoint:dict):
 def make_batches(self:Loop) -> PairBatches:
     "This process's slices of the batches, from the next step on."
     e, parts, student = self.e, self.parts, self.parts.student
+    cached = not PAIRS[e.data].has_folder
+    workers = e.num_workers
+    if workers is None: workers = 0 if cached else default_workers(parts.ranks)
     batches = PairBatches(
         parts.pairs, student.preprocess, student.tokenizer, e.batch_size, e.seed, self.done,
-        cache=not PAIRS[e.data].has_folder, num_workers=e.num_workers or 0)
+        cache=cached, num_workers=workers, pin_memory=parts.device.type == 'cuda')
     own_share(batches.batch_sampler, parts.rank, parts.ranks)
     return batches
 

@@ -547,6 +547,12 @@ def check_graph() -> str:
     return f"{lines[-1].split(',')[0]}: {', '.join(passed)}"
 
 
+def check_measure() -> str:
+    "the command that measures a model: own pairs, recorded scores without images, a sample"
+    done = run(sys.executable, ROOT / "tools" / "measure_test.py")
+    return expect(done, "what cannot be measured:").splitlines()[-1].split(",")[0]
+
+
 def check_paper_scale() -> str:
     "every result can be made at paper scale, from made-up outcomes"
     done = run(sys.executable, ROOT / "tools" / "paper_scale_test.py")
@@ -583,6 +589,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "records": check_records,
     "commands": check_commands,
     "graph": check_graph,
+    "measure": check_measure,
     "paper_scale": check_paper_scale,
     "paper_train": check_paper_train,
     "ranks": check_ranks,
