@@ -243,10 +243,11 @@ def rank_device(device:str     # as in `Experiment`
 # %% ../nbs/02c_training.ipynb #6ac85456
 PRECISIONS = dict(no=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)  # of the teacher
 
-def _fitting(e, device) -> int|None:
+def _fitting(e, device, ranks) -> int|None:
     "Latents the teacher takes at a time on this GPU; None: all, or what it takes is not known."
     if device.type != 'cuda' or e.scale == 'mini' or denoiser_config(e.teacher) is None: return None
-    return fitting_chunk(e, torch.cuda.mem_get_info(device)[0])
+    loaded = torch.cuda.memory_allocated(device)  # what the needs count, and is there already
+    return fitting_chunk(e, torch.cuda.mem_get_info(device)[0] + loaded, ranks)
 
 def build(e:Experiment # the settings
          ) -> Parts:
@@ -265,7 +266,7 @@ def build(e:Experiment # the settings
     student.set_trainable(e.trainable)
     rank, ranks, _ = process_rank()
     return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs,
-                 e.teacher_batch_size or _fitting(e, device), rank, ranks)
+                 e.teacher_batch_size or _fitting(e, device, ranks), rank, ranks)
 
 # %% ../nbs/02c_training.ipynb #edc02ae6
 def describe(parts:Parts) -> pd.DataFrame: # columns trained, all; a row for each part
@@ -610,10 +611,12 @@ def own_share(steps,     # of `PairBatches`: step -> draws of the whole batch
              ):
     "Leave of every batch this process's slice; the others' images are never opened."
     if ranks == 1: return
-    whole = steps.at
+    if steps.batch_size % ranks:  # there are fewer pairs than a batch
+        raise ValueError(f'a batch of all {steps.batch_size} pairs cannot be shared by {ranks} '
+                         'processes: give more pairs, or a number of processes that divides them')
+    whole, n = steps.at, steps.batch_size//ranks
     def share(step):
         draws = whole(step)
-        n = len(draws)//ranks
         return draws[rank*n:(rank + 1)*n]
     steps.at = share
 
