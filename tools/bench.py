@@ -475,15 +475,30 @@ def parse() -> argparse.Namespace:
     add("--repeat", type=int, default=1, help="runs of the main job (default 1)")
     add("--coco", type=Path, default=SHARED / "coco-mini", help="COCO's folder")
     add("--sugarcrepe", type=Path, default=SHARED / "sugarcrepe", help="SugarCrepe's JSON files")
-    add("--out", type=Path, default=ROOT / "figures", help="folder of bench.json and bench.md")
+    add("--out", type=Path, help="folder of bench.json and bench.md (default: figures, "
+                                 "with --quick or --only out/bench)")
     args, args.options = parser.parse_known_args()
     return args
+
+
+def folder_of(args) -> Path:
+    "A part of the numbers, or quick ones, do not replace those in figures/"
+    whole = not args.quick and set(args.only) == {*PARTS}
+    return ROOT / ("figures" if whole else "out/bench")
+
+
+def write(result: dict, folder: Path):
+    "After every part: what was measured stays if a later part fails"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "bench.md").write_text(table_of(result))
 
 
 def main() -> int:
     args = parse()
     start = time.perf_counter()
     result = {"machine": machine(), "quick": args.quick, "seconds": None, "parts": {}}
+    args.out = args.out or folder_of(args)
     for part in args.only:
         print(part, flush=True)
         try:
@@ -491,10 +506,8 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             print(f"the main job failed with exit status {error.returncode}", file=sys.stderr)
             return 1
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "bench.md").write_text(table_of(result))
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        write(result, args.out)
     print(table_of(result))
     return 0
 
