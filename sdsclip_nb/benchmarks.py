@@ -6,9 +6,6 @@
 __all__ = ['sample', 'load_benchmark', 'available']
 
 # %% ../nbs/04i_benchmarks.ipynb #1615a9fa
-from dataclasses import replace
-from inspect import signature
-
 import numpy as np
 
 from . import (  # noqa: F401  each fills the registry
@@ -26,12 +23,6 @@ def sample(suite:Suite,    # of any kind
     if n is None or n >= len(suite): return suite
     return subset(suite, np.sort(np.random.default_rng(0).permutation(len(suite))[:n]))
 
-# %% ../nbs/04i_benchmarks.ipynb #ddce663d
-def _mini_suite(name, split, n):
-    "A mini suite; one of fewer items than its own number knows that number."
-    suite = load_suite(name, split, n)
-    return replace(suite, whole=signature(SUITES[name]).parameters['n'].default)
-
 # %% ../nbs/04i_benchmarks.ipynb #eacaea9d
 def load_benchmark(name:str,              # a key of `BENCHMARKS` or of the mini world's `SUITES`
                    root=None,             # the benchmark's folder; None: data/NAME
@@ -43,7 +34,7 @@ def load_benchmark(name:str,              # a key of `BENCHMARKS` or of the mini
     "A suite by name. Raises `MissingError` if files are not there, `DataError` if they are bad."
     if n is not None and n < 1:
         raise ValueError(f'n={n} is too few: give at least 1, or None for all')
-    if name in SUITES: return _mini_suite(name, split, n)
+    if name in SUITES: return load_suite(name, split, n)
     if name not in BENCHMARKS:
         known = ', '.join([*SUITES, *BENCHMARKS])
         raise ValueError(f'suite {name!r} is unknown: choose one of {known}')

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .benchmarks import load_benchmark
 from .clip_scores import ClipScorer
 from .denoising_scores import DenoisingScorer
-from .record import pick_precision, start_record
+from .record import pick_precision, precision_dtype, start_record
 from .scores import suite_scores
 from .suite import groups, METRICS, sample_size, Suite
 
@@ -391,8 +391,7 @@ def teacher_dtype(precision:str, # auto, no, bf16 or fp16
                  ) -> torch.dtype: # to load a teacher in
     "With `auto` float32 at mini scale; at paper scale half precision on a GPU, bf16 if it has it."
     if precision == 'auto' and scale == 'mini': precision = 'no'
-    picked = pick_precision(precision, device)
-    return dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[picked]
+    return precision_dtype(pick_precision(precision, device))
 
 def _precision(scorer):
     "What the scores were computed in; None for a scorer that does not say."

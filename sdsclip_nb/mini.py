@@ -14,6 +14,7 @@ import gzip
 import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from inspect import signature
 
 import numpy as np
 from fastcore.basics import patch
@@ -448,10 +449,11 @@ def load_suite(name:str,           # a key of `SUITES`
                split:str='test',   # 'test' to report on, 'val' to choose settings on
                n:int|None=None,    # items; None: the suite's own number
               ) -> Suite:
-    "Draw one of the mini world's suites; the same every time."
+    "Draw one of the mini world's suites; the same every time. One of `n` items knows the whole."
     if name not in SUITES:
         raise ValueError(f'suite {name!r} is unknown: choose one of {", ".join(SUITES)}')
     if split not in ('test', 'val'):
         raise ValueError(f'split={split!r} is unknown: '
                          'choose test (to report) or val (to choose settings)')
-    return SUITES[name](split=split) if n is None else SUITES[name](n=n, split=split)
+    whole = signature(SUITES[name]).parameters['n'].default
+    return replace(SUITES[name](n=whole if n is None else n, split=split), whole=whole)

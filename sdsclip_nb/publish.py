@@ -114,8 +114,7 @@ def to_transformers(student, # a `Student`, or a folder that `save_student` wrot
                    ) -> CLIPModel: # in evaluation mode, in float32, on the CPU
     """The student as transformers' `CLIPModel`, with equal features.
 
-    The mapping follows transformers' `convert_clip_original_pytorch_to_hf.py`. Raises
-    `ValueError` for a student whose layers `CLIPModel` lacks."""
+    Raises `ValueError` for a student whose layers `CLIPModel` lacks."""
     if not isinstance(student, Student): student = load_student(str(student))
     model = student.model
     what = _unfit(model)
@@ -232,7 +231,8 @@ LOADING_CLIP = '''
 ```python
 from transformers import CLIPModel, CLIPProcessor
 model = CLIPModel.from_pretrained('{place}')
-processor = CLIPProcessor.from_pretrained('{place}')
+processor = CLIPProcessor.from_pretrained('{place}')  # resizes by torchvision: features to 1e-4
+# images exactly as in training: CLIPImageProcessorPil.from_pretrained('{place}')
 ```
 '''
 LIMITS = '''The student is a fine-tuned CLIP and keeps the biases and limits of its base model.
@@ -290,12 +290,15 @@ def prepare(folder,               # of a finished run
     "Write the student for open_clip and, where it fits, transformers, with its card."
     folder = _finished(folder)
     out, student = folder/'publish', load_student(str(folder/'student'))
-    both = _unfit(student.model) is None
     if hub_id and isinstance(student.tokenizer, HFTokenizer):  # the path on this machine
         student.config = copy.deepcopy(student.config)
         student.config['text_cfg']['hf_tokenizer_name'] = hub_id
     save_student(student, out)
-    if both: save_transformers(student, out)
+    try: save_transformers(student, out)
+    except ValueError as error:  # layers, images or captions that transformers' CLIP has not
+        both = False
+        print(f'For open_clip alone. {error}')
+    else: both = True
     (out/'README.md').write_text(model_card(folder, hub_id, both), encoding='utf-8')
     return out
 

@@ -6,7 +6,7 @@
 __all__ = ['MINI_COMMAND', 'PACKAGES', 'PACKAGE', 'Missing', 'MissingError', 'cuda_devices', 'hub_reachable', 'in_cache',
            'folder_problem', 'check_parameters', 'versions', 'commit', 'file_hash', 'Record', 'start_record',
            'process_rank', 'terminal', 'ProgressBar', 'notebook_imports', 'module_closure', 'pick_device',
-           'pick_precision', 'stream']
+           'pick_precision', 'precision_dtype', 'stream']
 
 # %% ../nbs/00a_record.ipynb #6827676c
 import ast
@@ -307,6 +307,13 @@ def pick_precision(precision:str, # as in `Experiment`
     if precision != 'auto': return precision
     if device.type != 'cuda': return 'no'
     return 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
+
+# %% ../nbs/00a_record.ipynb #d80d980b
+def precision_dtype(precision:str # no, fp16 or bf16
+                   ):             # torch.dtype
+    "The numbers of a precision, as a teacher is loaded in them."
+    import torch
+    return dict(no=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[precision]
 
 # %% ../nbs/00a_record.ipynb #4396015e
 def stream(purpose:str, # what the numbers are for; every purpose has its own stream

@@ -111,10 +111,7 @@ class Kit:
         self.last = []
         for _ in range(BLOCK):
             batch = next(self.batches)
-            values = self.loop.update(batch, self.number)
-            self.loop.history.append({"step": self.number + 1} | values)
-            said = {name: batch[name] for name in ("id", "caption")}
-            self.loop.unsettled.append((self.loop.history[-1], said))
+            self.loop.advance(batch, self.number)
             self.last.append(batch)
             self.number += 1
         self.loop.settle()

@@ -162,7 +162,8 @@ def check_table(out: Path) -> dict:
     "The rows of the comparison, by suite, metric and tag; SugarCrepe and retrieval are there"
     rows = json.loads((out / "comparison.json").read_text())
     table = {(row["suite"], row["metric"], row["tag"]): row for row in rows}
-    wanted = {("sugarcrepe", "correct", "all"), ("coco-val-79-retrieval", "R@1", "all")}
+    wanted = {("sugarcrepe", "correct", tag) for tag in ("all", *SUGARCREPE)}
+    wanted.add(("coco-val-79-retrieval", "R@1", "all"))
     assert wanted <= set(table), list(table)
     return table
 
