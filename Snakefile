@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from sdsclip_nb.experiment import SCALES, TEACHERS, Experiment
 from sdsclip_nb.plan import plan, result_needs, RESULTS, SUITES_OF, TEACHER_ITEMS, TEACHERS_OF
-from sdsclip_nb.record import module_closure, notebook_imports
+from sdsclip_nb.record import commit, module_closure, notebook_imports
 
 SCALE = config.get("scale", "mini")  # mini or paper
 SEEDS = int(config.get("seeds", 3))  # of ViT-B-32
@@ -31,7 +31,18 @@ if SCALE not in SCALES:
     raise WorkflowError(f"scale={SCALE!r} is unknown: give --config scale=mini or scale=paper")
 
 OUT = config.get("out", f"out/reproduce/{SCALE}")
-FIGURES = config.get("figures", "figures" if SCALE == "mini" else f"figures/{SCALE}")
+# What stands in figures/ is what a commit makes. From files that are not committed, figures go to out/figures/. Asked once:
+# Snakemake reads this file again in the process of every job, and an edit meanwhile shall not move what is being made.
+COMMITTED = "figures" if SCALE == "mini" else f"figures/{SCALE}"
+if "SDSCLIP_FIGURES" not in os.environ:
+    os.environ["SDSCLIP_FIGURES"] = f"out/{COMMITTED}" if commit()["dirty"] else COMMITTED
+    if "figures" not in config and os.environ["SDSCLIP_FIGURES"] != COMMITTED:
+        print(
+            f"Files differ from the last commit (`git status` lists them): tables and figures go to out/{COMMITTED}, not to "
+            f"{COMMITTED}. Commit and run again to have them there; what was trained and measured is kept.",
+            file=sys.stderr,
+        )
+FIGURES = config.get("figures", os.environ["SDSCLIP_FIGURES"])
 RUNS = {r.name: r for r in plan(SCALE, SEEDS, OTHER_SEEDS, EXTRA_SEEDS)}
 PAPERMILL = f"{Path(sys.executable).parent}/papermill"
 GPU = 1 if SCALE == "paper" else 0

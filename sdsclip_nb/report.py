@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVEL_COLUMNS', 'GAP_COLUMNS', 'MARKS', 'SOURCE', 'RULES', 'Runs', 'levels', 'gaps', 'in_words', 'named', 'wide',
-           'seconds_an_item', 'teacher_levels', 'begin', 'results_folder', 'write', 'read', 'PageTables', 'result_page',
-           'published', 'Rule', 'verdict', 'judge']
+           'seconds_an_item', 'teacher_levels', 'begin', 'write', 'read', 'PageTables', 'result_page', 'published',
+           'Rule', 'verdict', 'judge']
 
 # %% ../nbs/06a_report.ipynb #2682ab28
 import json
@@ -22,10 +22,10 @@ from IPython.display import display, Markdown
 
 from .compare import compare, compare_seeds, holm, over_seeds
 from .evaluate import interval_text, KEYS, Result
-from .experiment import from_root, repo_root
+from .experiment import from_root
 from .plan import plan, RESULTS, WINOGROUND
 from .plots import difference_panels, stamped
-from .record import start_record
+from .record import results_folder, start_record
 from .shipped import pack, ship
 
 # %% ../nbs/06a_report.ipynb #be1d93db
@@ -221,19 +221,6 @@ def _write_table(table, path):
     kept = table.drop(columns=[column for column in _SHOWN_ONLY if column in table])
     kept.to_csv(path, index=False, float_format='%.6g')
     return kept
-
-# %% ../nbs/06a_report.ipynb #99d075b7
-def results_folder(figures,  # the folder asked for
-                   made_by:dict, # of the record
-                  ) -> Path:
-    "Where a result goes: from code that is not committed to `out/`, not to the committed figures."
-    folder, committed = from_root(figures), from_root('figures')
-    if not made_by.get('dirty') or committed not in (folder, *folder.parents): return folder
-    aside = Path('out')/folder.relative_to(repo_root())
-    print(f'Files differ from the last commit (`git status` lists them), so this result goes to '
-          f'{aside}: what stands in figures/ must be what a commit makes. '
-          'Commit, then make it again; what was trained and measured is kept.')
-    return from_root(aside)
 
 # %% ../nbs/06a_report.ipynb #6eccb140
 def write(record,              # from `begin`

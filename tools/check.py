@@ -51,6 +51,7 @@ MACHINE_PATH = re.compile(
 EMBEDDED = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]*")
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)( ; [a-z_]+ [<>=]+ \"[\w.]+\")?")
 BENCH = ("bench.json", "bench.md")  # of `make bench`: they name their machine themselves
+MODEL = re.compile(r".+/seed\d+|teacher:.+")  # among the inputs of a record
 RECORD_KEYS = ("name", "scale", "parameters", "inputs", "made_by", "seconds", "values")
 
 
@@ -516,12 +517,42 @@ def check_records() -> str:
         path.relative_to(ROOT) for path in here
         if not path.name.startswith(".") and path.name not in BENCH
     )
-    records = [path for path in files if path.suffix == ".json"]
+    shipped = [path for path in files if "outcomes" in path.parts]
+    records = [path for path in files if path.suffix == ".json" and path not in shipped]
     problems = [problem for path in records for problem in record_problems(path)]
     named = {*records, *(made for path in records for made in recorded(path)[1])}
+    digests = {made: of for path in records for made, of in outcomes_behind(path).items()}
+    if shipped:
+        problems += [problem for made in digests for problem in shipped_problems(made, digests)]
+        named |= {*digests}
     problems += [f"{path} is in no record beside it" for path in files if path not in named]
     fail_if(problems, "run `make reproduce`, or remove what nothing makes any more")
-    return f"{len(files)} files, {len(records)} records"
+    return f"{len(files)} files, {len(records)} records, {answers_said(bool(shipped))}"
+
+
+def outcomes_behind(path: Path) -> dict[Path, str]:
+    "Where the outcomes that the record at `path` was made from are shipped, with their digests"
+    inputs = json.loads((ROOT / path).read_text()).get("inputs") or {}
+    return {
+        path.parent / "outcomes" / f"{name.replace(':', '/')}.json": digest
+        for name, digest in inputs.items() if MODEL.fullmatch(name)
+    }
+
+
+def shipped_problems(made: Path, digests: dict[Path, str]) -> Iterator[str]:
+    "Shipped outcomes that are not there, or not those that a record was made from"
+    if not (ROOT / made).is_file():
+        yield f"{made} is behind a figure, but not there"
+    elif json.loads((ROOT / made).read_text()).get("sha256") != digests[made]:
+        yield f"{made} has another digest than the record of a figure made from it"
+
+
+def answers_said(shipped: bool) -> str:
+    "That the numbers in figures/ follow from the answers shipped with them, or that there are none"
+    if not shipped:
+        return "no outcomes shipped with them yet"
+    done = run(sys.executable, "tools/compare_figures.py")
+    return expect(done, "figures do not follow from their answers").splitlines()[-1]
 
 
 def recorded(path: Path) -> tuple[dict, list[Path]]:
@@ -533,11 +564,13 @@ def recorded(path: Path) -> tuple[dict, list[Path]]:
 
 
 def record_problems(path: Path) -> Iterator[str]:
-    "What a record lacks, and the files it names that are not there"
+    "What a record lacks, files it names that are not there, and files that no commit makes"
     record, files = recorded(path)
     lacking = [key for key in RECORD_KEYS if key not in record]
     if lacking:
         yield f"{path} lacks {', '.join(lacking)}"
+    if (record.get("made_by") or {}).get("dirty"):
+        yield f"{path} says dirty: it was made from files that are not committed; make it again"
     if "files" in (record.get("values") or {}):
         missing = [made for made in files if not (ROOT / made).is_file()]
         yield from (f"{made} is in {path}, but not there" for made in missing)
