@@ -611,6 +611,12 @@ def check_ranks() -> str:
     return lines[-1].split(",")[0]
 
 
+def check_determinism() -> str:
+    "the main job twice: equal in all that it records"
+    done = run(sys.executable, ROOT / "tools" / "determinism_test.py")
+    return expect(done, "the main job twice:").splitlines()[-1].split(",")[0]
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -630,6 +636,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "paper_scale": check_paper_scale,
     "paper_train": check_paper_train,
     "ranks": check_ranks,
+    "determinism": check_determinism,
 }
 
 
