@@ -2,10 +2,11 @@
 steps, one small result.
 
 Asserted: from nothing all is made; then nothing is; prose and outputs of a notebook change nothing;
-its code, a setting, a weight and a module make stale what depends on them and nothing else; a
-failed branch stops no other and is named at the end; the same seed gives the same numbers, and
-without AVX-512 nearly the same; at paper scale the SLURM profile asks for the cores, memory, GPU
-and time that each step needs. Ends with `N passed, M failed`.
+its code, a setting, a weight and a module make stale what depends on them and nothing else, and a
+package that only draws makes nothing stale; a failed branch stops no other and is named at the end;
+the same seed gives the same numbers, and without AVX-512 nearly the same; at paper scale the SLURM
+profile asks for the cores, memory, GPU and time that each step needs. Ends with `N passed, M
+failed`.
 """
 
 import argparse
@@ -116,10 +117,10 @@ class Copy:
         runs, outcomes = (self.folder / OUT / kind / name for kind in ("runs", "outcomes"))
         return pd.read_csv(runs / "history.csv"), pd.read_csv(outcomes / "metrics.csv")
 
-    def stale(self) -> set[str]:
+    def stale(self, **variables: str) -> set[str]:
         "What would be made: rule, and training where it has one"
         rules, rule = set(), None
-        for line in map(str.strip, self.run("-n").splitlines()):
+        for line in map(str.strip, self.run("-n", **variables).splitlines()):
             if line.startswith(("rule ", "localrule ")):
                 rule = line.split()[1].rstrip(":")
                 rules.add(rule)
@@ -138,7 +139,7 @@ VARIANT = {"fine_tune sds-gradient", "measure sds-gradient", "result"}
 def from_nothing(copy: Copy) -> None:
     copy.run()
     made = {p.name for p in (copy.folder / "figures").iterdir()}
-    assert made == {f"gradient.{e}" for e in ("csv", "json", "png", "svg")}, made
+    assert made == {"outcomes", *(f"gradient.{e}" for e in ("csv", "json", "png", "svg"))}, made
     logs = sorted(
         p.relative_to(copy.folder / OUT / "logs").as_posix()
         for p in (copy.folder / OUT / "logs").rglob("*.ipynb")
@@ -148,6 +149,9 @@ def from_nothing(copy: Copy) -> None:
     assert set(record["inputs"]) == {RUN.format(t) for t in ("base", "clip", "sds-gradient")}, (
         record["inputs"]
     )
+    for name, digest in record["inputs"].items():
+        shipped = copy.folder / "figures/outcomes" / f"{name}.json"
+        assert json.loads(shipped.read_text())["sha256"] == digest, name
 
 
 def nothing_changed(copy: Copy) -> None:
@@ -220,6 +224,22 @@ def images_opened_otherwise(copy: Copy) -> None:
     copy.edit("sdsclip_nb/pairs.py", mirrored)
     assert copy.stale() == MEASURED | TRAINED, copy.stale()
     (copy.folder / "sdsclip_nb/pairs.py").write_text(before)
+
+
+def a_plotting_package(copy: Copy) -> None:
+    "Another version of a package that draws is recorded and makes nothing anew; so is the lock"
+    other = copy.folder / "other"
+    (other / "seaborn-99.0.dist-info").mkdir(parents=True)
+    metadata = "Metadata-Version: 2.1\nName: seaborn\nVersion: 99.0\n"
+    (other / "seaborn-99.0.dist-info" / "METADATA").write_text(metadata)
+    path = f"{other}{os.pathsep}{copy.folder}"
+    seen = subprocess.run(
+        [sys.executable, "-c", "from sdsclip_nb.record import versions; print(versions())"],
+        cwd=copy.folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert "'seaborn': '99.0'" in seen, seen
+    copy.edit("requirements.lock", lambda text: re.sub("seaborn==.*", "seaborn==99.0", text))
+    assert copy.stale(PYTHONPATH=path) == set(), copy.stale(PYTHONPATH=path)
 
 
 def a_failed_branch(copy: Copy) -> None:
@@ -329,6 +349,7 @@ def main() -> int:
         a_weight,
         a_module,
         images_opened_otherwise,
+        a_plotting_package,
         a_failed_branch,
         same_seed,
         other_processor,
