@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'CACHE_BYTES', 'family_of', 'teacher_source', 'missing_te
 
 # %% ../nbs/02_teacher.ipynb #b74f6a55
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from .experiment import RANDOM, TEACHER_FILES, TEACHERS, from_root, nearest, repo_root
+from .files import (
+    BadFile, check_finite_weights, check_model_folder, parse_json, read_text)
 from .record import Missing, file_hash, in_cache
 
 # %% ../nbs/02_teacher.ipynb #82327806
@@ -33,13 +36,26 @@ def family_of(name:str,   # of the teacher, for the message
               index:Path, # its model_index.json; not there: a UNet alone
              ) -> type:   # of `FAMILIES`
     "The class for a teacher's pipeline. Raises `ValueError` for a family that is not supported."
-    if not index.is_file(): return Teacher
-    try: pipeline = json.loads(index.read_text('utf-8')).get('_class_name', 'nameless pipeline')
-    except ValueError as e:
-        raise ValueError(f'teacher={name!r}: {index} is not JSON ({e})') from None
-    if pipeline in FAMILIES: return FAMILIES[pipeline]
+    if not index.exists(): return Teacher
+    try: listed = parse_json(read_text(index))
+    except BadFile as e: raise ValueError(f'teacher={name!r}: {index}: {e}') from None
+    pipeline = listed.get('_class_name') if isinstance(listed, dict) else None
+    if isinstance(pipeline, str) and pipeline in FAMILIES: return FAMILIES[pipeline]
     raise ValueError(f'teacher={name!r} is a {pipeline}, which is not supported. Choose one of '
                      f'{", ".join(TEACHERS)}, or another pipeline of {", ".join(FAMILIES)}.')
+
+# %% ../nbs/02_teacher.ipynb #799a9d37
+def _check_folder(name, folder):
+    "Raise `ValueError` for a teacher's folder that cannot be opened, before anything is loaded."
+    index = folder/'model_index.json'
+    try:
+        check_model_folder(folder)
+        listed = parse_json(read_text(index)) if index.exists() else dict(unet=['diffusers'])
+        parts = [part for part, value in listed.items() if isinstance(value, list) and value[:1]
+                 and value[0] is not None]
+        lacking = [part for part in parts if not (folder/part).is_dir()]
+        if lacking: raise BadFile(f'the folder of {", ".join(lacking)} is missing. Fetch it again.')
+    except BadFile as e: raise ValueError(f'teacher={name!r}: {e}') from None
 
 # %% ../nbs/02_teacher.ipynb #ad2916f4
 def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
@@ -47,12 +63,13 @@ def teacher_source(name:str # a key of `TEACHERS`, a folder, or a hub id
     "Resolve a teacher's name; a folder becomes absolute. Raises `FileNotFoundError`, `ValueError`."
     source = TEACHERS.get(name, name)
     here = repo_root()/source
-    if here.is_dir():
-        if not any((here/f).is_file() for f in TEACHER_FILES):
+    if source and os.path.isdir(here):
+        if not any((here/f).exists() for f in TEACHER_FILES):
             raise FileNotFoundError(
-                f'{source} is not a diffusers pipeline folder: model_index.json is missing. '
-                f'Save one with pipeline.save_pretrained({source!r}).')
+                f'teacher={name!r} is not a diffusers pipeline folder: model_index.json is '
+                f'missing. Save one with pipeline.save_pretrained({source!r}).')
         family_of(name, here/'model_index.json')
+        _check_folder(name, here)
         return str(here)
     if Path(source).is_absolute() or source.count('/') != 1 or source.startswith('.'):
         raise FileNotFoundError(
@@ -113,7 +130,8 @@ FAMILIES['StableDiffusionPipeline'] = Teacher
 def set_schedule(self:Teacher):
     "The betas of training. Raises `ValueError` for a scheduler or prediction it cannot use."
     config = self.scheduler.config  # whatever sampler the pipeline has, it holds those betas
-    if 'beta_start' not in config:
+    guessed = config.get('_use_default_values', ())  # what its file does not say
+    if 'beta_start' not in config or 'beta_start' in guessed:
         raise ValueError(f'teacher {self.name!r}: {type(self.scheduler).__name__} is a schedule '
                          'without betas; a teacher of this family needs them')
     self.scheduler = DDPMScheduler.from_config(config)
@@ -180,10 +198,11 @@ def _quiet():
 # %% ../nbs/02_teacher.ipynb #d07b68b8
 def _open_pipeline(source, **kwargs):
     "The pipeline in a folder or on the hub; a UNet alone takes the mini teacher's other parts."
+    kwargs.setdefault('use_safetensors', True)  # a pickle would run what its maker wants
     if not (Path(source)/'model_index.json').is_file() and (Path(source)/'unet').is_dir():
         dtype = kwargs.get('torch_dtype', torch.float32)
         kwargs['unet'] = UNet2DConditionModel.from_pretrained(
-            source, subfolder='unet', torch_dtype=dtype)
+            source, subfolder='unet', torch_dtype=dtype, use_safetensors=True)
         kwargs['scheduler'] = DDPMScheduler.from_pretrained(source, subfolder='scheduler')
         source = teacher_source('mini')
     return DiffusionPipeline.from_pretrained(source, **kwargs)
@@ -195,6 +214,18 @@ def _without(family, index):
     listed = json.loads(index.read_text('utf-8'))
     absent = [part for part in family.may_lack if listed.get(part, [None])[0] is None]
     return family.left_out | dict.fromkeys(absent)
+
+# %% ../nbs/02_teacher.ipynb #2758d3c6
+@contextmanager
+def _opening(name, source):
+    "Inside, whatever is wrong with a teacher's folder is a `ValueError` that names the teacher."
+    try: yield
+    except Exception as e:  # of a dozen kinds: sizes, keys, files that are cut
+        if not Path(source).is_dir(): raise
+        said = ' '.join(str(e).split())[:300] or type(e).__name__
+        if said.startswith('teacher'): raise ValueError(said) from None
+        raise ValueError(f'teacher={name!r}: the folder does not open as a teacher ({said}) '
+                         'Fetch it again, or save it by pipeline.save_pretrained.') from None
 
 # %% ../nbs/02_teacher.ipynb #59a3af15
 def load_teacher(name:str='mini',     # of `TEACHERS`, a folder, a hub id; or 'random:' and one
@@ -209,12 +240,17 @@ def load_teacher(name:str='mini',     # of `TEACHERS`, a folder, a hub id; or 'r
         index = Path(hf_hub_download(source, index.name, revision=kwargs.get('revision')))
     family = family_of(name, index)
     if dtype != torch.float32: kwargs['torch_dtype'] = dtype
-    with _quiet(): pipeline = _open_pipeline(source, **_without(family, index) | kwargs)
+    with _opening(name, source), _quiet():
+        pipeline = _open_pipeline(source, **_without(family, index) | kwargs)
     pipeline.set_progress_bar_config(disable=True)
     if name.startswith(RANDOM):
         denoiser = family.parts[0]
         setattr(pipeline, denoiser, _fresh(getattr(pipeline, denoiser)))
-    return family(pipeline, device, dtype, name)
+    with _opening(name, source):
+        teacher = family(pipeline, device, dtype, name)
+        if Path(source).is_dir():
+            for network in teacher.networks: check_finite_weights(network.state_dict())
+    return teacher
 
 # %% ../nbs/02_teacher.ipynb #9d5ad668
 def _fresh(denoiser, seed=0):
