@@ -10,7 +10,7 @@ from collections import Counter
 from numbers import Real
 from pathlib import Path
 
-from .pairs import BadItem, need
+from .items import BadItem, need
 from .reader import benchmark, Builder, read_json_file
 from .suite import Suite
 

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from .items import DataError
 from .mini import COLOUR_NAMES, RELATIONS, render, Scenes, SHAPES
-from .pairs import DataError
 from .reader import open_benchmark
 from .record import MissingError, stream
 

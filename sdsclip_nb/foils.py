@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .pairs import BadItem, listing, need
+from .items import BadItem, listing, need
 from .reader import benchmark, Builder, LazyImage, read_json_file
 from .suite import Suite
 

@@ -19,9 +19,9 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .experiment import data_folder
-from .pairs import (
+from .items import (
     BadItem, DataError, decoding, file_below, Intake, Listing, listing, read_rgb, to_rgb)
-from .pairs import read_json_file  # noqa: F401  loaders take it from here
+from .items import read_json_file  # noqa: F401  loaders take it from here
 from .record import Missing, MissingError
 from .suite import Suite
 

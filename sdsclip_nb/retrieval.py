@@ -10,8 +10,8 @@ __all__ = ['COCO', 'FLICKR', 'COCO_FILES', 'FLICKR_FILES', 'retrieval_suite', 'k
 from functools import partial
 from pathlib import Path
 
-from .pairs import (
-    BadItem, Intake, load_pairs, need, open_rgb, Pairs, PAIRS, read_json_file)
+from .items import BadItem, Intake, need, open_rgb, read_json_file
+from .pairs import load_pairs, Pairs, PAIRS
 from .reader import (
     benchmark, Builder, check_caption, image_files, LazyImage, MAX_WORDS)
 from .suite import Suite

@@ -8,7 +8,7 @@ __all__ = ['SUGARCREPE', 'SUGARCREPE_PP', 'sugarcrepe', 'sugarcrepe_pp', 'bivlc'
 # %% ../nbs/04c_sugarcrepe.ipynb #938013e6
 from pathlib import Path
 
-from .pairs import BadItem, need
+from .items import BadItem, need
 from .reader import (
     benchmark, Builder, hub_rows, LazyImage, read_json_file, require_files, rows_with_images)
 from .suite import Suite

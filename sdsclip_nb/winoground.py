@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .pairs import BadItem, DataError, need
+from .items import BadItem, DataError, need
 from sdsclip_nb.reader import (
     benchmark, Builder, file_image, hub_rows, LazyImage, read_json_file, require_files, row_image,
     rows_with_images)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pairs import BadItem, DataError, Intake
+from .items import BadItem, DataError, Intake
 from .reader import benchmark, check_caption, Images, LazyImage
 from .record import MINI_COMMAND, Missing, MissingError
 from .suite import Suite

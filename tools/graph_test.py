@@ -220,10 +220,10 @@ def a_module(copy: Copy) -> None:
 def images_opened_otherwise(copy: Copy) -> None:
     "If `to_rgb` mirrored every image, all would have to be measured again"
     mirrored = lambda text: text.replace("ImageOps.exif_transpose(", "ImageOps.mirror(")
-    before = (copy.folder / "sdsclip_nb/pairs.py").read_text()
-    copy.edit("sdsclip_nb/pairs.py", mirrored)
+    before = (copy.folder / "sdsclip_nb/items.py").read_text()
+    copy.edit("sdsclip_nb/items.py", mirrored)
     assert copy.stale() == MEASURED | TRAINED, copy.stale()
-    (copy.folder / "sdsclip_nb/pairs.py").write_text(before)
+    (copy.folder / "sdsclip_nb/items.py").write_text(before)
 
 
 def a_plotting_package(copy: Copy) -> None:
