@@ -1025,6 +1025,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                   'sdsclip_nb.words.tagger': ('words.html#tagger', 'sdsclip_nb/words.py')},
             'sdsclip_nb.zeroshot': { 'sdsclip_nb.zeroshot.ZeroShot': ('zeroshot.html#zeroshot', 'sdsclip_nb/zeroshot.py'),
                                      'sdsclip_nb.zeroshot._cannot_load': ('zeroshot.html#_cannot_load', 'sdsclip_nb/zeroshot.py'),
+                                     'sdsclip_nb.zeroshot._checked': ('zeroshot.html#_checked', 'sdsclip_nb/zeroshot.py'),
                                      'sdsclip_nb.zeroshot._class_names': ('zeroshot.html#_class_names', 'sdsclip_nb/zeroshot.py'),
                                      'sdsclip_nb.zeroshot._classes_apart': ('zeroshot.html#_classes_apart', 'sdsclip_nb/zeroshot.py'),
                                      'sdsclip_nb.zeroshot._file_images': ('zeroshot.html#_file_images', 'sdsclip_nb/zeroshot.py'),
