@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .experiment import data_folder, registry
+from .files import markdown_text, reading_below
 from .items import BadItem, DataError, Intake, Item, Member, NoSplit, open_rgb, place_of
 from .mini import make_pairs
 from .plots import show_images
@@ -82,10 +83,10 @@ def __repr__(self:Pairs):
 @patch
 def _repr_markdown_(self:Pairs):
     "A table of the first few; without the images, which may not be free to pass on."
-    def plain(text): return text.replace('|', r'\|').replace('\n', ' ')
-    rows = [f'| {item.id} | {len(item.captions)} | {plain(item.captions[0])} |'
-            for item in self.items[:5]]
-    left = [f'- left out: {where}: {reason}' for where, reason in self.skipped[:5]]
+    rows = [f'| {markdown_text(item.id)} | {len(item.captions)} | '
+            f'{markdown_text(item.captions[0])} |' for item in self.items[:5]]
+    left = [f'- left out: {markdown_text(where)}: {markdown_text(reason)}'
+            for where, reason in self.skipped[:5]]
     head = [f'`{self!r}`', '', '| id | captions | first caption |', '| --- | --- | --- |']
     return '\n'.join([*head, *rows, '', *left])
 
@@ -105,12 +106,20 @@ class Source:
     "One entry of `PAIRS`."
     read:Callable  # read(root, split, intake, n=, seed=) calls `intake.add` for every image
     splits:tuple   # that it has; () where the names of folders or files say
-    files:dict     # pattern below its folder, {split} in it -> what it is and where it comes from
+    files:dict     # pattern below its folder -> what it is and where it comes from; see `needs`
+    folder:str     # its usual place: data/<folder>
 
     @property
     def has_folder(self) -> bool:
         "Does it read a folder, given as `data_root`? If not, its images are drawn into memory."
         return bool(self.files)
+
+    def needs(self,
+              split:str, # as asked for
+             ) -> dict:  # pattern below its folder -> origin
+        "The files of a split. {half} stands for COCO 2014's halves: train, or val for the others."
+        half = 'train' if split == 'train' else 'val'
+        return {p.format(split=split, half=half): origin for p, origin in self.files.items()}
 
 PAIRS = registry('data')
 SPLITS = ('train', 'val', 'validation', 'test')  # as folders and files are named for
@@ -118,10 +127,11 @@ SPLITS = ('train', 'val', 'validation', 'test')  # as folders and files are name
 def source(name:str,             # as users call it
            splits:tuple=(),      # as in `Source`
            files:dict|None=None, # as in `Source`; None: it is drawn, not read
+           folder:str|None=None, # as in `Source`; None: its name
           ):
     "Register the decorated `read(root, split, intake, n=, seed=)` as a source of pairs."
     def register(read):
-        PAIRS[name] = Source(read, splits, files or {})
+        PAIRS[name] = Source(read, splits, files or {}, folder or name)
         return read
     return register
 
@@ -132,12 +142,12 @@ def _source(name):
     raise ValueError(f'data={name!r} is unknown: choose one of {", ".join(PAIRS)}')
 
 def missing_data(name:str,           # a key of `PAIRS`
-                 root=None,          # its folder; None: data/<name>
+                 root=None,          # its folder; None: data/<its folder>
                  split:str='train',
                 ) -> list[Missing]:  # empty if all is there
     "The files of a source that are not in its folder. Opens none."
-    files, folder = _source(name).files, data_folder(name, root or None)
-    wanted = {pattern.format(split=split): origin for pattern, origin in files.items()}
+    entry = _source(name)
+    folder, wanted = data_folder(entry.folder, root or None), entry.needs(split)
     return [Missing(f'data={name!r}: {folder/pattern}', origin, str(folder))
             for pattern, origin in wanted.items() if not any(folder.glob(pattern))]
 
@@ -154,20 +164,22 @@ def _check_there(name, root, split):
 
 # %% ../nbs/01a2_sources.ipynb #3d1fe769
 def load_pairs(name:str,             # a key of `PAIRS`
-               root=None,            # the source's folder; None: data/<name>
+               root=None,            # the source's folder; None: data/<its folder>
                split:str='train',    # train, val or test, as the source has them
                n:int|None=None,      # the first n after a seeded shuffle; None: all, in their order
                seed:int=0,           # of the shuffle; of the world for a mini source
                on_error:str='raise', # or 'skip': bad items are left out and listed
                open_all:bool=True,   # with 'skip', open every chosen image once
+               follow_links:bool=False, # may links lead out of the folder?
               ) -> Pairs:
     "The pairs of a source. Raises `MissingError` for missing files, `DataError` for bad ones."
     if n is not None and n < 1:
         raise ValueError(f'n={n} is too few: give at least 1, or None for all')
     _check_there(name, root, split)
-    root = data_folder(name, root or None) if PAIRS[name].has_folder else None
+    root = data_folder(PAIRS[name].folder, root or None) if PAIRS[name].has_folder else None
     intake = Intake(root, on_error)
-    PAIRS[name].read(root, split, intake, n=n, seed=seed)
+    with reading_below(root, follow_links):
+        PAIRS[name].read(root, split, intake, n=n, seed=seed)
     items = intake.items
     if n is not None and n < len(items):
         items = [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:n]]
@@ -195,7 +207,7 @@ def _readable(items, intake):
 
 # %% ../nbs/01a2_sources.ipynb #4c8d0296
 def find_pairs(name:str,         # a key of `PAIRS`
-               root=None,        # the source's folder; None: data/<name>
+               root=None,        # the source's folder; None: data/<its folder>
                split:str='val',
                **options,        # of `load_pairs`
               ) -> Pairs|None:   # None where the source does not have the split
