@@ -155,6 +155,8 @@ class Experiment(TrainingSettings):
     save_every: int = Field(500, ge=0, description='steps between checkpoints, 0 for none')
     resume: bool = Field(True, description='go on from the last checkpoint of the same settings')
     out_dir: str|None = Field(None, description='where the run is written. None: out/runs/<name>')
+    wait: bool = Field(
+        False, description='wait for another run in out_dir to end, rather than stop')
     trackers: str = Field('tensorboard', description='where losses are logged, joined by +')
     push_to_hub: str|None = Field(None, description='hub id for the finished student: owner/name')
     device: str = Field('auto', description='auto, cpu, cuda, cuda:1 or mps')
@@ -248,8 +250,8 @@ def _plain(value):
 # %% ../nbs/00_experiment.ipynb #5f398324
 # settings that decide no number
 NOT_NUMBERS = {
-    'out_dir', 'device', 'resume', 'save_every', 'eval_every', 'num_workers', 'trackers',
-    'push_to_hub'}
+    'out_dir', 'wait', 'device', 'resume', 'save_every', 'eval_every', 'num_workers',
+    'trackers', 'push_to_hub'}
 
 def digest(settings,     # anything JSON can hold
            length:int=8, # hexadecimal digits

@@ -6,14 +6,13 @@
 __all__ = ['TRACKERS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_trackers', 'find_problems', 'missing', 'check_run', 'suite_names',
            'Distillation', 'Parts', 'rank_device', 'build', 'describe', 'features_and_latents', 'fit_map',
            'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step', 'split_batch', 'random_state',
-           'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss', 'check_finite', 'save_checkpoint',
-           'find_checkpoint', 'make_optimizer', 'pairs_suite', 'validation_suites', 'validate', 'Run',
-           'make_accelerator', 'start', 'Loop', 'share_weights', 'train', 'check_weights', 'save_run', 'finish',
-           'command_line', 'main', 'show_curves']
+           'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss', 'check_finite', 'checkpoints_of',
+           'save_state', 'run_digest', 'checkpoint_of', 'make_optimizer', 'pairs_suite', 'validation_suites',
+           'validate', 'Run', 'make_accelerator', 'run_folder', 'start', 'Loop', 'share_weights', 'train', 'train_in',
+           'check_weights', 'save_run', 'finish', 'command_line', 'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
-import shutil
 import sys
 import time
 import warnings
@@ -31,7 +30,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed)
+    DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list,
+    gather_object, set_seed)
 from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -39,9 +39,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
+from sdsclip_nb.checkpoints import (
+    Checkpoint, find_checkpoint, held, in_use, new_state, put_in_place, remove, sync,
+    write_checkpoint)
 from .cost import denoiser_config, fitting_chunk, memory_needs
 from .experiment import (
-    RANDOM, Experiment, choice_problems, from_root, nearest, run_name, setting_help,
+    RANDOM, Experiment, choice_problems, digest, from_root, nearest, run_name, setting_help,
     setting_problems, settings_digest)
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
 from .pairs import PAIRS, DataError, Pairs, find_pairs, load_pairs, missing_data
@@ -70,8 +73,12 @@ def _folder_problems(e:Experiment) -> dict:
         out['data_root'] = (
             f'data_root={e.data_root!r}: the pairs of data={e.data!r} are drawn, and no folder '
             f'is read. Leave it out, or choose data from {found}.')
-    if problem := folder_problem(from_root(e.out_dir or 'out/runs')):
+    folder, (rank, _, _) = from_root(e.out_dir or 'out/runs'), process_rank()
+    if problem := folder_problem(folder):
         out['out_dir'] = f'out_dir={e.out_dir!r}: {problem}. Give another folder.'
+    elif rank == 0 and not e.wait and (holder := in_use(folder)):
+        out['out_dir'] = (f'out_dir={e.out_dir!r}: in use by {holder}. Wait for it (wait=True), '
+                          'stop it, or give another folder.')
     return out
 
 # %% ../nbs/02c_training.ipynb #d549ba66
@@ -459,40 +466,39 @@ def check_finite(values:dict,           # name -> number
                         'the last checkpoint is untouched.')
 
 # %% ../nbs/02c_training.ipynb #f832c16b
-def save_checkpoint(accelerator,      # from `make_accelerator`
-                    folder:Path,      # of the run
-                    step:int,         # steps done
-                    history:list,     # a dict for each
-                    e:Experiment,     # the settings
-                    seconds:float,    # of training so far
-                   ):
-    "Write `folder`/checkpoint, replacing the one before."
-    new, old = folder/'checkpoint.new', folder/'checkpoint'
-    first = accelerator.is_main_process
-    if first: shutil.rmtree(new, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(new), safe_serialization=True)
+def checkpoints_of(folder:Path # of a run
+                  ) -> Path:
+    "Where a run keeps its checkpoints."
+    return folder/'checkpoints'
+
+def save_state(accelerator,  # from `make_accelerator`
+               folder:Path,  # of the run
+              ) -> Path:     # where the state now is, not yet a checkpoint
+    "What all processes save of a run."
+    inside = checkpoints_of(folder)
+    state = new_state(inside) if accelerator.is_main_process else None
+    state, = broadcast_object_list([state])
+    accelerator.save_state(str(state), safe_serialization=True)
     accelerator.wait_for_everyone()  # each process saves its random states
-    if not first: return
-    progress = dict(step=step, history=history, settings=settings_digest(e), seconds=seconds)
-    (new/'progress.json').write_text(json.dumps(progress))
-    shutil.rmtree(old, ignore_errors=True)
-    new.rename(old)
+    return state
 
 # %% ../nbs/02c_training.ipynb #7ccf948e
-def find_checkpoint(folder:Path,  # of the run
-                    e:Experiment, # the settings
-                   ) -> dict|None: # the progress to go on from; None for a fresh start
-    "The checkpoint of a run. One that is passed over is named, with the reason."
-    path = folder/'checkpoint'/'progress.json'
-    if not path.parent.is_dir(): return None
-    progress = json.loads(path.read_text()) if path.is_file() else {}
-    if e.resume and progress.get('settings') == settings_digest(e): return progress
-    why = 'resume=False' if not e.resume else 'other settings' if progress else 'no progress.json'
+def run_digest(e:Experiment,
+               inputs:dict, # name -> hash of what goes in, as in the record
+              ) -> str:
+    "Of all that decides the numbers: a run goes on with the settings and data it began with."
+    return digest(dict(settings=settings_digest(e), **inputs), 16)
+
+def checkpoint_of(folder:Path, # of the run
+                  e:Experiment,
+                  inputs:dict, # as in `run_digest`
+                 ) -> Checkpoint|None: # None for a fresh start
+    "The checkpoint that a run goes on from: the first of several processes finds it for all."
     rank, _, _ = process_rank()
+    found = None
     if rank == 0:
-        print(f'{path.parent} is not taken up ({why}): the run starts afresh and replaces it.')
-    return None
+        found = find_checkpoint(checkpoints_of(folder), run_digest(e, inputs), e.resume)
+    return broadcast_object_list([found])[0]
 
 # %% ../nbs/02c_training.ipynb #6f442071
 def make_optimizer(parts:Parts): # optimizer and scheduler
@@ -564,10 +570,13 @@ def make_accelerator(e:Experiment,
     return accelerator
 
 # %% ../nbs/02c_training.ipynb #b81fad51
-def start(e:Experiment, parts:Parts): # Accelerator, folder, Record
-    "Accelerator, folder and record of a run."
-    folder = from_root(e.out_dir or f'out/runs/{run_name(e)}')
-    folder.mkdir(parents=True, exist_ok=True)
+def run_folder(e:Experiment) -> Path:
+    "Where a run is written."
+    return from_root(e.out_dir or f'out/runs/{run_name(e)}')
+
+def start(parts:Parts, folder:Path): # Accelerator and Record
+    "Accelerator and record of a run; the losses begin to be logged."
+    e = parts.experiment
     accelerator = make_accelerator(e, parts.device, folder)
     plain = (int, float, str, bool)
     config = {k: v if isinstance(v, plain) else str(v) for k, v in e.model_dump().items()}
@@ -579,7 +588,7 @@ def start(e:Experiment, parts:Parts): # Accelerator, folder, Record
     inputs = {name: value for name, value in inputs.items() if value is not None}
     record = start_record(run_name(e), e.scale, e.model_dump(), inputs, parts.device)
     record.made_by['processes'] = parts.ranks
-    return accelerator, folder, record
+    return accelerator, record
 
 # %% ../nbs/02c_training.ipynb #53e00d31
 class Loop:
@@ -588,7 +597,9 @@ class Loop:
                  parts:Parts,
                  accelerator,               # from `start`
                  folder:Path,               # of the run
-                 checkpoint:dict|None=None, # from `find_checkpoint`
+                 record:Record|None=None,   # from `start`; None: nothing will be saved
+                 checkpoint:Checkpoint|None=None, # from `checkpoint_of`
+                 map_error:float|None=None, # of the latent map's first fit, if it was done now
                 ):
         self.parts, self.accelerator, self.folder = parts, accelerator, folder
         self.e, self.first = parts.experiment, parts.rank == 0
@@ -596,7 +607,9 @@ class Loop:
         self.module = accelerator.prepare_model(parts.module, evaluation_mode=True)
         self.optimizer, self.schedule = accelerator.prepare(*make_optimizer(parts))
         self.trained = [p for p in parts.module.parameters() if p.requires_grad]
-        self.done, self.history, self.before = 0, [], 0.
+        self.done, self.history, self.resumed, self.kept = 0, [], [], []
+        self.seconds_before = self.elapsed_before = 0.
+        self.record, self.map_error = record, map_error
         self.unsettled = []  # (row of the history, its batch) whose values are still tensors
         if checkpoint: self.take_up(checkpoint)
         self.batches = self.make_batches()
@@ -604,11 +617,13 @@ class Loop:
 
 # %% ../nbs/02c_training.ipynb #f1b240dc
 @patch
-def take_up(self:Loop, checkpoint:dict):
+def take_up(self:Loop, checkpoint:Checkpoint):
     "Go on from a checkpoint."
-    self.accelerator.load_state(str(self.folder/'checkpoint'))
-    self.done, self.history = checkpoint['step'], checkpoint['history']
-    self.before = checkpoint['seconds']
+    self.accelerator.load_state(str(checkpoint.path))
+    self.done, self.history = checkpoint.step, checkpoint.history
+    self.seconds_before, self.elapsed_before = checkpoint.seconds, checkpoint.elapsed
+    self.resumed, self.kept = [*checkpoint.resumed, checkpoint.step], [checkpoint.path]
+    self.map_error = checkpoint.map_error
 
 @patch
 def make_batches(self:Loop) -> PairBatches:
@@ -729,6 +744,22 @@ def evaluate_now(self:Loop):
     self.history[-1] |= metrics
     self.accelerator.log(metrics, step=self.history[-1]['step'])
 
+# %% ../nbs/02c_training.ipynb #12574939
+@patch
+def elapsed(self:Loop) -> float: # seconds
+    "Of the whole run so far, over all its parts."
+    return self.elapsed_before + time.time() - self.record.started
+
+@patch
+def save(self:Loop, seconds:float): # of training so far
+    "Write a checkpoint."
+    state = save_state(self.accelerator, self.folder)
+    if not self.first: return
+    here = Checkpoint(None, len(self.history), self.history,
+                      run_digest(self.e, self.record.inputs), seconds, self.elapsed(),
+                      self.map_error, self.resumed)
+    self.kept = write_checkpoint(checkpoints_of(self.folder), here, state, self.kept)
+
 # %% ../nbs/02c_training.ipynb #32e9f328
 SETTLE_EVERY = 10  # steps
 
@@ -740,7 +771,7 @@ def run(self:Loop,
     e, names = self.e, [t.name for t in terms_of(self.e)]
     self.module.train()
     started = time.time()
-    seconds = lambda: self.before + time.time() - started
+    seconds = lambda: self.seconds_before + time.time() - started
     of_all = dict(total=e.steps, initial=self.done, desc=run_name(e))
     with ProgressBar(**of_all, disable=not (progress and self.first)) as bar:
         for number, batch in zip(range(self.done, e.steps), self.batches):
@@ -752,9 +783,7 @@ def run(self:Loop,
                 bar.set_postfix({k: f'{self.history[-1][k]:.3g}' for k in names}, refresh=False)
             if self.suites and (last or validates): self.evaluate_now()
             bar.update()
-            if saves and not last:
-                save_checkpoint(
-                    self.accelerator, self.folder, number + 1, self.history, e, seconds())
+            if saves and not last: self.save(seconds())
     return seconds()
 
 # %% ../nbs/02c_training.ipynb #acae0491
@@ -770,25 +799,32 @@ def train(e:Experiment,          # the settings
           progress:bool=True,    # show it
           watch:list=(),         # PIL images: what the teacher sees of them is kept in `Run.seen`
          ) -> Run:
-    "One training run; picks up its checkpoint if it was cut off."
+    """One training run; picks up its checkpoint if it was cut off. Raises `FolderInUse` if another
+    run holds its folder."""
     parts = parts or build(e)
-    e = parts.experiment  # with the precision that `auto` stands for
-    accelerator, folder, record = start(e, parts)
-    checkpoint = find_checkpoint(folder, e)
+    folder = run_folder(parts.experiment)  # with the precision that `auto` stands for
+    with held(folder, e.wait, parts.rank == 0): return train_in(folder, parts, progress, watch)
+
+# %% ../nbs/02c_training.ipynb #82920445
+def train_in(folder:Path,   # of the run, which no other process uses
+             parts:Parts,
+             progress:bool, # show it
+             watch:list,    # as in `train`
+            ) -> Run:
+    "Fit the map or take up a checkpoint, do the steps, save."
+    accelerator, record = start(parts, folder)
+    checkpoint = checkpoint_of(folder, parts.experiment, record.inputs)
     errors = [] if checkpoint else fit_map(parts)
     share_weights(parts)
     shown = parts.latent_map is not None and parts.rank == 0
     watch, seen = (list(watch) if shown else []), {}
     if watch and not checkpoint: seen['after the first fit'] = seen_by_teacher(parts, watch)
-    loop = Loop(parts, accelerator, folder, checkpoint)
+    loop = Loop(parts, accelerator, folder, record, checkpoint, errors[-1] if errors else None)
     seconds = loop.run(progress)
     parts.student.eval()
     if watch: seen['after the run'] = seen_by_teacher(parts, watch)
     history = pd.DataFrame(loop.history)
-    if loop.first:
-        save_run(parts, folder, history)
-        finish(record, history, parts, seconds, errors).save(folder/'record.json')
-        shutil.rmtree(folder/'checkpoint', ignore_errors=True)
+    if loop.first: save_run(loop, history, finish(loop, history, seconds))
     accelerator.wait_for_everyone()
     # not `end_training`, which would part the processes: another run may follow
     for tracker in accelerator.trackers: tracker.finish()
@@ -803,27 +839,40 @@ def check_weights(module:Distillation):
     raise NonFiniteLoss(f'{len(bad)} of {len(weights)} tensors are not finite after the last step, '
                         f'the first {bad[0]}. Nothing was saved: try a lower lr or weight_decay.')
 
-def save_run(parts:Parts, folder:Path, history:pd.DataFrame):
-    "Write student, latent map and history into the run's folder, if all weights are finite."
+# %% ../nbs/02c_training.ipynb #dea7e028
+def save_run(loop:Loop, history:pd.DataFrame, record:Record):
+    "Write student, latent map, history and record into the run's folder, if weights are finite."
+    parts, folder = loop.parts, loop.folder
     check_weights(parts.module)
-    save_student(parts.student, folder/'student')
+    new = folder/'result.new'
+    remove(new)
+    save_student(parts.student, new/'student')
     if parts.latent_map is not None:
         weights = {k: v.cpu().contiguous() for k, v in parts.latent_map.state_dict().items()}
-        save_file(weights, folder/'latent_map.safetensors')
-    history.to_csv(folder/'history.csv', index=False)
+        save_file(weights, new/'latent_map.safetensors')
+    history.to_csv(new/'history.csv', index=False)
+    record.save(new/'record.json')
+    for path in new.rglob('*'): sync(path)
+    (folder/'record.json').unlink(missing_ok=True)
+    for name in sorted(path.name for path in new.iterdir() if path.name != 'record.json'):
+        put_in_place(new/name, folder/name)
+    put_in_place(new/'record.json', folder/'record.json')
+    new.rmdir()
+    remove(checkpoints_of(folder))
 
 # %% ../nbs/02c_training.ipynb #9e55eac2
-def finish(record:Record,        # from `start`
+def finish(loop:Loop,
            history:pd.DataFrame, # a row for each step
-           parts:Parts,
            seconds:float,        # of training
-           errors:list,          # of the latent map's first fit; empty if there was none
           ) -> Record:
     "What came out: seconds, the error of the first fit, every term's mean over the last 50 steps."
     last = history.tail(50).mean(numeric_only=True)
-    values = {f'last_{t.name}': float(last[t.name]) for t in terms_of(parts.experiment)}
-    map_error = errors[-1] if errors else None
-    return record.finish(training_seconds=round(seconds, 1), map_error=map_error, **values)
+    values = {f'last_{t.name}': float(last[t.name]) for t in terms_of(loop.e)}
+    if loop.resumed: loop.record.made_by['resumed_at_steps'] = loop.resumed
+    record = loop.record.finish(
+        training_seconds=round(seconds, 1), map_error=loop.map_error, **values)
+    record.seconds = round(loop.elapsed(), 1)  # of all parts of a run that was taken up again
+    return record
 
 # %% ../nbs/02c_training.ipynb #da9431b5
 def command_line(arguments:list) -> dict: # setting -> text, or None
