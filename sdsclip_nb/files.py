@@ -6,7 +6,7 @@
 __all__ = ['LEAVES', 'RUNS_CODE', 'BadFile', 'check_file', 'reading_below', 'leaves', 'walk', 'check_text', 'read_text',
            'parse_json', 'json_lines', 'csv_rows', 'check_model_folder', 'check_finite_weights', 'markdown_text']
 
-# %% ../nbs/00c_files.ipynb #40bf530a
+# %% ../nbs/00c_files.ipynb #06fecaf1
 import csv
 import json
 import os
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-# %% ../nbs/00c_files.ipynb #8b6d3c93
+# %% ../nbs/00c_files.ipynb #9c075641
 class BadFile(ValueError):
     "What is wrong with a file, a line or a text, and what to do. The caller names the place."
 
@@ -37,16 +37,17 @@ def check_file(path:Path # as given
         raise BadFile(f'it is {kind}, not a file. Put the file in its place.')
     if leaves(path): raise BadFile(LEAVES)
 
-# %% ../nbs/00c_files.ipynb #6b9c7ca4
+# %% ../nbs/00c_files.ipynb #57ceb296
 LEAVES = ('it is a link that leaves the data folder. Copy what it points to, '
           'or allow such links: follow_links=True.')
 _SOURCE = ContextVar('source', default=(None, False))  # folder that is read, are links followed?
 
 @contextmanager
 def reading_below(root:Path|None,         # the folder of a source; None: no folder is read
-                  follow_links:bool=False, # may links lead out of it?
+                  follow_links:bool|None=False, # may links lead out of it? None: as outside
                  ):
     "Inside, `leaves` holds every file against this folder."
+    if follow_links is None: _, follow_links = _SOURCE.get()
     token = _SOURCE.set((root and os.path.realpath(root), follow_links))
     try: yield
     finally: _SOURCE.reset(token)
@@ -59,7 +60,7 @@ def leaves(path:Path # of a file or folder
     real = os.path.realpath(path)
     return real != root and not real.startswith(os.path.join(root, ''))
 
-# %% ../nbs/00c_files.ipynb #3f139578
+# %% ../nbs/00c_files.ipynb #19ac369d
 def walk(top:Path # a folder; need not be there
         ) -> tuple[set, set]: # names of files below it; names of links that leave
     "What a folder and its subfolders hold, with forward slashes."
@@ -74,12 +75,13 @@ def walk(top:Path # a folder; need not be there
         with os.scandir(top/below) as entries:
             for entry in entries:
                 name = f'{below}/{entry.name}' if below else entry.name
-                if entry.is_symlink() and leaves(top/name): links.add(name)
-                if entry.is_dir(follow_symlinks=follow): todo.append(name)
-                elif not entry.is_dir(): names.add(name)
+                link = entry.is_symlink()
+                if link and leaves(top/name): links.add(name)
+                if not (os.path.isdir(top/name) if link else entry.is_dir()): names.add(name)
+                elif follow or not link: todo.append(name)
     return names, links
 
-# %% ../nbs/00c_files.ipynb #bf766c73
+# %% ../nbs/00c_files.ipynb #3cdafc46
 def check_text(text:str) -> str: # the same
     "Raise `BadFile` for a text with a NUL, or one that UTF-8 cannot hold."
     if '\0' in text:
@@ -100,7 +102,7 @@ def read_text(path:Path # of a file
     except OSError as e:
         raise BadFile(f'it cannot be read ({e.strerror}). Fetch it again.') from None
 
-# %% ../nbs/00c_files.ipynb #cfedee50
+# %% ../nbs/00c_files.ipynb #21f335b9
 def _said_once(pairs):
     "An object of JSON, if no key stands twice."
     entry = dict(pairs)
@@ -125,7 +127,7 @@ def json_lines(path:Path # of a file
         try: yield number, parse_json(line)
         except BadFile as e: yield number, e
 
-# %% ../nbs/00c_files.ipynb #7b167ab5
+# %% ../nbs/00c_files.ipynb #8c843db6
 def _cells(line):
     "The fields of one line of CSV."
     try: return next(csv.reader([line], strict=True), [])
@@ -148,7 +150,7 @@ def csv_rows(path:Path # of a file with a line of column names
             row, rest = dict.fromkeys(header) | dict(zip(header, cells)), cells[len(header):]
             yield number, row | ({None: rest} if rest else {})
 
-# %% ../nbs/00c_files.ipynb #23b51caf
+# %% ../nbs/00c_files.ipynb #71ec67ca
 RUNS_CODE = ('auto_map', 'trust_remote_code')  # keys of a configuration
 
 def _asks_to_run(data):
@@ -169,7 +171,7 @@ def _check_model_file(path):
     if is_config and (key := _asks_to_run(data)):
         raise BadFile(f'{key!r} asks to run code that came with the model. Remove the key.')
 
-# %% ../nbs/00c_files.ipynb #a3a91877
+# %% ../nbs/00c_files.ipynb #32b9da1e
 def check_model_folder(folder:Path, # of a student, or of a teacher with a subfolder for each part
                        *needed:str, # files that have to be there
                       ):
@@ -187,7 +189,7 @@ def check_finite_weights(weights:dict # name -> tensor
         raise BadFile(f'{len(bad)} of {len(weights)} tensors hold numbers that are not finite, '
                       f'the first {bad[0]}. Fetch the weights again.')
 
-# %% ../nbs/00c_files.ipynb #6873e27b
+# %% ../nbs/00c_files.ipynb #902f9e72
 def markdown_text(value # any
                  ) -> str: # one line that Markdown shows as it is, also in a table
     "A value as text of a Markdown document: no HTML, link, code or formula begins in it."

@@ -6,10 +6,9 @@
 __all__ = []
 
 # %% ../nbs/01a4_folders.ipynb #40b20c2e
-import csv
-import json
 import posixpath
 
+from .files import csv_rows, json_lines, read_text
 from .items import BadItem, DataError, listing, need, NoSplit
 from .sources import source, SPLITS
 
@@ -30,32 +29,23 @@ _IMAGE, _CAPTION = ('file_name', 'image'), ('text', 'caption')  # columns of a t
 
 def _csv_rows(path):
     "(line number, row) of a CSV file; a comma too many belongs to a caption that stands last."
-    with path.open(encoding='utf-8-sig', newline='') as file:
-        rows = csv.DictReader(file)
-        *_, last = rows.fieldnames or ['']
-        for row in rows:
-            rest = row.pop(None, None)
-            if rest and last not in _CAPTION:
-                rest = f'{len(rest)} fields too many. Put quotes around a text that holds a comma.'
-                yield rows.line_num, BadItem(rest)
-            else:
-                if rest: row[last] = ','.join([row[last], *rest])
-                yield rows.line_num, row
+    for line, row in csv_rows(path):
+        rest = row.pop(None, None) if isinstance(row, dict) else None
+        *_, last = row if rest else ['']
+        if rest and last not in _CAPTION:
+            rest = f'{len(rest)} fields too many. Put quotes around a text that holds a comma.'
+            yield line, BadItem(rest)
+        else:
+            if rest: row[last] = ','.join([row[last], *rest])
+            yield line, row
 
-def _jsonl_rows(path):
-    "(line number, row) of a metadata.jsonl; for a row that is not JSON, the `BadItem` to raise."
-    for k, line in enumerate(path.read_text('utf-8-sig').split('\n'), 1):
-        if not line.strip(): continue
-        try: yield k, json.loads(line)
-        except ValueError as e: yield k, BadItem(f'not JSON ({e}). Correct or remove the line.')
-
-_TABLES = {'metadata.jsonl': _jsonl_rows, 'metadata.csv': _csv_rows,
+_TABLES = {'metadata.jsonl': json_lines, 'metadata.csv': _csv_rows,
            'captions.txt': _csv_rows, 'captions.csv': _csv_rows}  # the last two as in Flickr8k
 
 # %% ../nbs/01a4_folders.ipynb #5f4de7a3
 def _column(row, names):
     "The name of the column that a row has of some, the first if it has none."
-    return next((name for name in names if name in row), names[0])
+    return next((name for name in names if isinstance(row, dict) and name in row), names[0])
 
 def _table_rows(path, intake):
     "name -> (line number, captions): rows of one image are joined."
@@ -72,8 +62,9 @@ def _table_rows(path, intake):
 def _read_table(path, intake, files):
     "Take in the rows of a table beside the images, or beside their folder `Images`."
     try: joined = _table_rows(path, intake)
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f'{path} is not a text file in UTF-8 ({e}). Save it as one.') from None
+    except BadItem as e: raise DataError(f'{path}: {e}') from None
+    if not joined and not intake.skipped:
+        raise DataError(f'{path} has no row. Write a line of column names and a row an image.')
     for name, (k, captions) in joined.items():
         below = next((f'{folder}/{name}' for folder in ('Images', 'images')
                       if f'{folder}/{name}' in files.names), name)
@@ -85,9 +76,8 @@ def _caption_lines(folder, name, files):
     text = posixpath.splitext(name)[0] + '.txt'
     if text not in files.names:
         raise BadItem(f'its caption file {text} is missing. Write it, or a metadata.jsonl.')
-    try: lines = (folder/text).read_text('utf-8-sig').split('\n')
-    except UnicodeDecodeError:
-        raise BadItem(f'{text} is not text in UTF-8. Save it as one.') from None
+    try: lines = read_text(folder/text).split('\n')
+    except BadItem as e: raise BadItem(f'{text}: {e}') from None
     return [line for line in lines if line.strip()]
 
 # %% ../nbs/01a4_folders.ipynb #9868bb32

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .experiment import data_folder
+from .files import BadFile, check_file, check_text, reading_below
 from .items import (
     BadItem, DataError, decoding, file_below, Intake, Listing, listing, read_rgb, to_rgb)
 from .items import read_json_file  # noqa: F401  loaders take it from here
@@ -78,7 +79,10 @@ def key(self:Images,
         image = self[i]
         digest.update(repr(image.size).encode() + image.tobytes())
     else:
-        try: digest.update(lazy.path.read_bytes())
+        try:
+            check_file(lazy.path)
+            digest.update(lazy.path.read_bytes())
+        except BadFile as e: raise DataError(f'{lazy.path}: {e}') from None
         except OSError as e:
             reason = f'the image cannot be read ({e.strerror}). Fetch it again.'
             raise DataError(f'{lazy.path}: {reason}') from None
@@ -97,7 +101,8 @@ def check_caption(text      # as annotated
     if words > MAX_WORDS:
         cure = f'CLIP reads {MAX_WORDS} at most. Shorten it, or remove the item.'
         raise BadItem(f'a caption has {words} words ({text[:30]!r}...); {cure}')
-    return text.strip()
+    try: return check_text(text.strip())
+    except BadFile as e: raise BadItem(f'a caption: {e}') from None
 
 # %% ../nbs/04a_reader.ipynb #fc32cf39
 class Builder(Intake):
@@ -346,6 +351,7 @@ def open_benchmark(name:str,              # a key of `BENCHMARKS`
                    root=None,             # its folder; None: data/<its folder>
                    on_error:str='raise',  # or 'skip': bad items are left out and listed
                    need_images:bool=True, # False: image files may be absent, for recorded scores
+                   follow_links:bool=False, # may links lead out of the folder?
                    **options,             # of the loader
                   ) -> Suite:
     "Check that the files are there, and load."
@@ -356,5 +362,5 @@ def open_benchmark(name:str,              # a key of `BENCHMARKS`
     before = _NEED_IMAGES.set(need_images)
     try:
         if entry.files: require_files(name, root, entry.files)
-        return entry.load(root, on_error, **options)
+        with reading_below(root, follow_links): return entry.load(root, on_error, **options)
     finally: _NEED_IMAGES.reset(before)

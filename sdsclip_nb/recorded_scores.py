@@ -6,6 +6,8 @@
 __all__ = ['LABEL', 'RecordedScorer', 'save_scores']
 
 # %% ../nbs/05c_recorded_scores.ipynb #48c4f298
+import csv
+import io
 import json
 import re
 import time
@@ -15,6 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .files import BadFile, check_file, json_lines, read_text
 from .scores import all_captions, checked_index
 from .suite import Suite
 
@@ -22,26 +25,55 @@ from .suite import Suite
 def _json_lines(path):
     "JSON lines as a table with a column `line`."
     rows = []
-    for number, line in enumerate(path.read_text('utf-8-sig').splitlines(), 1):
-        if not line.strip(): continue
-        try: rows.append(dict(json.loads(line), line=number))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: not a JSON object ({error}). '
-                             'Correct the line, or fetch the file again.') from None
+    for number, row in json_lines(path):
+        if isinstance(row, BadFile): raise ValueError(f'{path}, line {number}: {row}')
+        score = row.get('score') if isinstance(row, dict) else None
+        if score is None:
+            raise ValueError(f'{path}, line {number}: no object with a score. Correct the line.')
+        rows.append(dict(row, line=number))
     return pd.DataFrame(rows)
 
+# %% ../nbs/05c_recorded_scores.ipynb #e4bd1ad7
+def _row_of(path, header, cells, line):
+    "One row of a CSV file as a dict."
+    if len(cells) == len(header): return dict(zip(header, cells), line=line)
+    raise ValueError(f'{path}, line {line}: {len(cells)} fields for {len(header)} columns. '
+                     'Put quotes around a caption that holds a comma.')
+
+def _csv_table(path):
+    "A CSV file as a table of text with a column `line`. A caption in quotes may hold a line end."
+    rows = csv.reader(io.StringIO(read_text(path), newline=''), strict=True)
+    try:
+        header = next(rows, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f'{path}: a column comes twice ({", ".join(header)}). Keep one.')
+        found = [_row_of(path, header, cells, rows.line_num) for cells in rows if cells]
+    except csv.Error as e:
+        cure = 'Is a quote left open before? Within quotes a quote is doubled.'
+        raise ValueError(f'{path}, line {rows.line_num}: not CSV ({e}). {cure}') from None
+    return pd.DataFrame(found, columns=[*header, 'line'])
+
 # %% ../nbs/05c_recorded_scores.ipynb #b7fd8bcf
+def _parquet_table(path):
+    "A Parquet file as a table with a column `line`, the number of the row."
+    try: table = pd.read_parquet(path)
+    except Exception as e:  # pyarrow's, of several kinds
+        said = ' '.join(str(e).split())[:120]
+        raise ValueError(f'{path} is not Parquet ({said}). Fetch it again.') from None
+    return table.assign(line=np.arange(len(table)) + 1)
+
+_FORMS = {'.csv': _csv_table, '.parquet': _parquet_table, '.jsonl': _json_lines}
+
 def _read_table(path):
     "Any of the forms as a table with a column `line`, and no value changed."
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f'{path} is missing: give a file of recorded scores')
-    if path.suffix == '.jsonl': return _json_lines(path)
-    if path.suffix == '.parquet': table = pd.read_parquet(path)
-    elif path.suffix == '.csv': table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    else: raise ValueError(f'{path}: the ending {path.suffix!r} is unknown: '
-                           'use .csv, .parquet or .jsonl')
-    first_line = 2 if path.suffix == '.csv' else 1  # after the header
-    return table.assign(line=np.arange(len(table)) + first_line)
+    if path.suffix not in _FORMS:
+        raise ValueError(f'{path}: the ending {path.suffix!r} is unknown: use {", ".join(_FORMS)}')
+    try:
+        check_file(path)
+        return _FORMS[path.suffix](path)
+    except BadFile as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/05c_recorded_scores.ipynb #26707e61
 def _number(written):

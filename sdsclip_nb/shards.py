@@ -6,12 +6,11 @@
 __all__ = ['shard_samples', 'sample_caption']
 
 # %% ../nbs/01a5_shards.ipynb #4d984b0b
-import json
-import os
 import posixpath
 import tarfile
 from pathlib import Path
 
+from .files import check_file, parse_json
 from .items import BadItem, leads_out, Member, need, NoSplit
 from .record import ProgressBar
 from .sources import source, SPLITS
@@ -23,18 +22,24 @@ def _add_member(samples, tar, member, shard):
     "Enter one file of a shard under its sample's key."
     folder, name = posixpath.split(member.name)
     stem, _, kind = name.partition('.')  # webdataset's rule: the key ends at the first dot
-    if not member.isfile() or not kind: return
+    if not member.isfile() or member.issparse() or not kind: return  # sparse: zeros without end
     sample = samples.setdefault(posixpath.join(folder, stem), {})
     kind = kind.lower() if kind.lower() not in sample else _TWICE
     text = kind in ('txt', 'json')
     place = Member(shard, member.offset_data, member.size)
     sample[kind] = tar.extractfile(member).read() if text else place
 
-def _check_end(path):
-    "A tar ends with a block of zeros; tarfile takes a cut between two files for the true end."
+def _check_end(path, end):
+    """Raise `tarfile.ReadError` unless zeros follow the last file, from byte `end` on.
+
+    tarfile takes a cut, a damaged header and the end of the first of two tars for the end."""
     with path.open('rb') as file:
-        file.seek(-512, os.SEEK_END)
-        if any(file.read()): raise tarfile.ReadError('no end mark')
+        file.seek(end)
+        blocks = iter(lambda: file.read(1 << 20), b'')
+        first = next(blocks, b'')
+        if len(first) < 512: raise tarfile.ReadError('no end mark')
+        if any(block.strip(b'\0') for block in (first, *blocks)):
+            raise tarfile.ReadError(f'byte {end} begins neither a file nor the end')
 
 # %% ../nbs/01a5_shards.ipynb #91c788ff
 def shard_samples(path:Path, # an uncompressed tar
@@ -42,10 +47,11 @@ def shard_samples(path:Path, # an uncompressed tar
     "What a tar shard holds, without its images. Raises `BadItem` if the file is cut short."
     samples = {}
     try:
+        check_file(path)
         with tarfile.open(path, 'r:') as tar:
             for member in tar: _add_member(samples, tar, member, path.name)
-        _check_end(path)
-    except (tarfile.TarError, OSError) as e:
+            _check_end(path, tar.offset)
+    except (tarfile.TarError, OSError, UnicodeError) as e:
         cure = 'Fetch the shard again.'
         raise BadItem(f'not a whole uncompressed tar file ({e}). {cure}') from None
     return samples
@@ -57,7 +63,7 @@ def sample_caption(sample:dict, # as `shard_samples` gives
     try:
         if 'txt' in sample: return sample['txt'].decode('utf-8-sig')
         if 'json' in sample:
-            return need(json.loads(sample['json'].decode('utf-8-sig')), caption=object)[0]
+            return need(parse_json(sample['json'].decode('utf-8-sig')), caption=object)[0]
     except BadItem: raise
     except ValueError as e:
         raise BadItem(f'its caption cannot be read ({e}). Remove the sample.') from None

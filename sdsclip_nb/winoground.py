@@ -6,7 +6,6 @@
 __all__ = ['WINOGROUND_COUNTS', 'EQBEN_PARTS', 'winoground', 'colorswap', 'mmvp_vlm', 'NpyFrame', 'eqben']
 
 # %% ../nbs/04b_winoground.ipynb #b8dc4474
-import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .files import BadFile, csv_rows, reading_below
 from .items import BadItem, DataError, need
 from sdsclip_nb.reader import (
     benchmark, Builder, file_image, hub_rows, LazyImage, read_json_file, require_files, row_image,
@@ -60,7 +60,7 @@ def _difficulty(root, path):
     path = root/Path(path).expanduser()
     source = 'Diwan et al. 2022, repository ajd12342/why-winoground-hard'
     require_files('winoground', path.parent, {path.name: source})
-    return read_json_file(path, dict)
+    with reading_below(None): return read_json_file(path, dict)  # the user's choice
 
 # %% ../nbs/04b_winoground.ipynb #e8f17bae
 def _reasons(difficulty, number):
@@ -150,23 +150,23 @@ _MMVP_COLUMNS = ('Question ID', 'Type', 'Statement')
 
 def _csv_rows(path:Path,     # with a line of column names
               columns:tuple, # that must be there
-             ) -> list:      # of dict
+             ) -> list:      # of dict, or `BadFile`
     "The rows of a CSV file. Raises `DataError` if a column is not there."
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as file:
-            reader = csv.DictReader(file)
-            rows, there = list(reader), reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f'{path} is not a CSV file in UTF-8 ({e}). Fetch it again.') from None
+    try: found = list(csv_rows(path))
+    except BadFile as e: raise DataError(f'{path}: {e}') from None
+    there = list(found[0][1]) if found and isinstance(found[0][1], dict) else []
     lacking = [column for column in columns if column not in there]
     if lacking:
         raise DataError(f'{path} lacks the columns {", ".join(lacking)} '
                         f'(there: {", ".join(there)}). Is this the right file?')
-    return rows
+    return [row for _, row in found]
 
 # %% ../nbs/04b_winoground.ipynb #176001b9
 def _statement(row):
     "(number, pattern, statement) of a row of Questions.csv."
+    if isinstance(row, BadFile): raise BadItem(str(row))
+    if None in row:
+        raise BadItem('a row has fields too many. Put quotes around a text that holds a comma.')
     number, pattern, statement = need(row, **dict.fromkeys(_MMVP_COLUMNS, str))
     if not number.strip().isdecimal():
         raise BadItem(f"'Question ID' is {number!r}, not a number. Correct or remove the pair.")

@@ -6,7 +6,6 @@
 __all__ = ['ZEROSHOT', 'as_templates', 'zeroshot_suite', 'ZeroShot', 'imagefolder']
 
 # %% ../nbs/04h_zeroshot.ipynb #7a50be92
-import json
 import os
 import warnings
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .files import BadFile, check_file, parse_json, read_text, reading_below
 from .items import BadItem, DataError, Intake
 from .reader import benchmark, check_caption, Images, LazyImage
 from .record import MINI_COMMAND, Missing, MissingError
@@ -58,6 +58,12 @@ def _labels(dataset):
 # %% ../nbs/04h_zeroshot.ipynb #9e266cbd
 def _nth(dataset, i): return dataset[i][0]
 
+def _checked(name, path):
+    "The `LazyImage` of a file, or a `BadItem` for what is no ordinary file."
+    try: check_file(path)
+    except BadFile as e: return BadItem(f'{name}: {e}')
+    return LazyImage(name, path)
+
 def _file_images(files, root):
     "Yield a `LazyImage` for each file below `root`, or what is wrong with it as a `BadItem`."
     there = {}
@@ -71,7 +77,7 @@ def _file_images(files, root):
                           'Correct or remove the entry.')
         elif path.name not in there[folder]:
             yield BadItem(f'the image file {name} is missing. Fetch or unpack the images again.')
-        else: yield LazyImage(name, path)
+        else: yield _checked(name, path)
 
 # %% ../nbs/04h_zeroshot.ipynb #375d80e0
 def _images(dataset, root):
@@ -231,10 +237,10 @@ def _folder_names(folders, class_names):
     "The class names for the folders."
     if class_names is None: return [folder.replace('_', ' ') for folder in folders]
     if isinstance(class_names, (str, Path)):
-        try: class_names = json.loads(Path(class_names).read_text('utf-8-sig'))
-        except (OSError, ValueError) as e:
-            why = getattr(e, 'strerror', None) or e
-            raise DataError(f'class_names={class_names}: no JSON can be read there ({why}). '
+        try:
+            with reading_below(None): class_names = parse_json(read_text(Path(class_names)))
+        except BadFile as e:
+            raise DataError(f'class_names={class_names}: no JSON can be read there ({e}) '
                             'Give a file with a list, or a name for each folder.') from None
     if not isinstance(class_names, dict): return list(class_names)
     lacking = [folder for folder in folders if folder not in class_names]
