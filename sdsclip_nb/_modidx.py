@@ -408,6 +408,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/sdsclip_nb', 'doc_host': '
                                 'sdsclip_nb.hub.Cell.place': ('hub.html#cell.place', 'sdsclip_nb/hub.py'),
                                 'sdsclip_nb.hub.Cell.read': ('hub.html#cell.read', 'sdsclip_nb/hub.py'),
                                 'sdsclip_nb.hub._cached': ('hub.html#_cached', 'sdsclip_nb/hub.py'),
+                                'sdsclip_nb.hub._checked': ('hub.html#_checked', 'sdsclip_nb/hub.py'),
                                 'sdsclip_nb.hub._choose': ('hub.html#_choose', 'sdsclip_nb/hub.py'),
                                 'sdsclip_nb.hub._hub': ('hub.html#_hub', 'sdsclip_nb/hub.py'),
                                 'sdsclip_nb.hub._joined': ('hub.html#_joined', 'sdsclip_nb/hub.py'),

@@ -6,8 +6,8 @@
 __all__ = ['COLOURS', 'SHAPES', 'RELATIONS', 'COLOUR_NAMES', 'DISTANCE', 'SIZE', 'STYLES', 'WEB_SENTENCES', 'MERGES',
            'CONTEXT_LENGTH', 'WINOGROUND_TAGS', 'CLASSES', 'SUITES', 'Scenes', 'sample_scenes', 'render',
            'render_single', 'MiniPairs', 'tag_lists', 'make_pairs', 'mini_tokenizer', 'swap', 'mini_winoground',
-           'exchanged_captions', 'mini_relation', 'mini_attribution', 'shuffles', 'mini_order', 'mini_retrieval',
-           'mini_winoground_large', 'load_suite']
+           'exchanged_captions', 'converse_captions', 'mini_relation', 'mini_attribution', 'mini_two_true', 'shuffles',
+           'mini_order', 'mini_retrieval', 'mini_winoground_large', 'load_suite']
 
 # %% ../nbs/01_mini.ipynb #fb31b340
 import gzip
@@ -337,6 +337,21 @@ def exchanged_captions(caption:str,   # any caption, of the mini world or not
                  _sentence(colour0, shape1, relation, colour1, shape0)]
     return [other for other in dict.fromkeys(exchanged) if other != caption]
 
+# %% ../nbs/01_mini.ipynb #12970425
+@patch
+def converse(self:Scenes) -> Scenes: # the same images
+    "The scenes, the other object named first."
+    return Scenes(self.colour[:, ::-1], self.shape[:, ::-1], self.relation ^ 1)
+
+def converse_captions(caption:str   # any caption, of the mini world or not
+                     ) -> list[str]: # the converse of a clean caption; [] for any other
+    "The same scene said from the other object's side."
+    found = _CLEAN_CAPTION.fullmatch(caption)
+    if found is None: return []
+    colour0, shape0, relation, colour1, shape1 = found.groups()
+    other_side = RELATIONS[RELATIONS.index(relation) ^ 1]
+    return [_sentence(colour1, shape1, other_side, colour0, shape0)]
+
 # %% ../nbs/01_mini.ipynb #2395cce2
 def _choice(name, n, split, options, metric='choice'):
     "Items of one image; `options(scenes, rng)`: (n, options) captions, the first of them true."
@@ -356,6 +371,15 @@ def mini_relation(n:int=2000, split:str='test') -> Suite:
 def mini_attribution(n:int=2000, split:str='test') -> Suite:
     "ARO's VG-Attribution in the mini world: adjectives exchanged."
     return _choice('mini-attribution', n, split, _or_swapped('Relation'))
+
+# %% ../nbs/01_mini.ipynb #af7fd58e
+def mini_two_true(n:int=1000, split:str='test') -> Suite:
+    "SugarCrepe++'s rule in the mini world: two true captions, both to be above two wrong ones."
+    def options(scenes, rng):
+        wrong = [swap(scenes, tag).captions() for tag in ('Relation', 'Object')]
+        return np.stack([scenes.captions(), scenes.converse().captions(), *wrong], 1)
+    suite = _choice('mini-two-true', n, split, options)
+    return replace(suite, label=np.tile([0, 1], (n, 1)))
 
 # %% ../nbs/01_mini.ipynb #6d5bfcb9
 def shuffles(caption:str,              # the true caption
@@ -437,6 +461,7 @@ SUITES = {  # name -> function of n and split
     'mini-winoground-large': mini_winoground_large,
     'mini-relation': mini_relation,
     'mini-attribution': mini_attribution,
+    'mini-two-true': mini_two_true,
     'mini-order': mini_order,
     'mini-zeroshot-colour': lambda n=1200, split='test': _zeroshot('colour', n, split),
     'mini-zeroshot-shape': lambda n=1200, split='test': _zeroshot('shape', n, split),
