@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_trackers', 'find_problems', 'missing', 'check_run', 'suite_names',
-           'Distillation', 'Parts', 'rank_device', 'build', 'describe', 'features_and_latents', 'fit_map',
-           'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step', 'split_batch', 'random_state',
+           'Distillation', 'Parts', 'rank_device', 'training_pairs', 'build', 'describe', 'features_and_latents',
+           'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step', 'split_batch', 'random_state',
            'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss', 'check_finite', 'checkpoints_of',
            'save_state', 'run_digest', 'checkpoint_of', 'make_optimizer', 'pairs_suite', 'validation_suites',
            'validate', 'Run', 'make_accelerator', 'run_folder', 'start', 'Loop', 'share_weights', 'train', 'train_in',
-           'check_weights', 'save_run', 'finish', 'command_line', 'main', 'show_curves']
+           'check_weights', 'save_run', 'of_end', 'finish', 'command_line', 'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
@@ -40,13 +40,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
 from sdsclip_nb.checkpoints import (
-    Checkpoint, find_checkpoint, held, in_use, new_state, put_in_place, remove, sync,
+    Checkpoint, FolderInUse, find_checkpoint, held, in_use, new_state, put_in_place, remove, sync,
     write_checkpoint)
 from .cost import denoiser_config, fitting_chunk, memory_needs
 from .experiment import (
     RANDOM, Experiment, choice_problems, digest, from_root, nearest, run_name, setting_help,
     setting_problems, settings_digest)
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
+from .notices import check_enough, nothing_learnt, say_cut
 from .pairs import PAIRS, DataError, Pairs, find_pairs, load_pairs, missing_data
 from sdsclip_nb.record import (
     MINI_COMMAND, Missing, MissingError, ProgressBar, Record, cuda_devices, folder_problem,
@@ -234,6 +235,7 @@ class Parts:
     teacher_batch_size:int|None=None # latents the teacher takes at a time; None: all
     rank:int=0            # of this process
     ranks:int=1           # processes that train together
+    captions_cut:int=0    # captions that are longer than the student reads
     @property
     def student(self): return self.module.student
     @property
@@ -254,15 +256,32 @@ def _fitting(e, device, ranks) -> int|None:
     loaded = torch.cuda.memory_allocated(device)  # what the needs count, and is there already
     return fitting_chunk(e, torch.cuda.mem_get_info(device)[0] + loaded, ranks)
 
+def training_pairs(e:Experiment) -> Pairs:
+    "The pairs of a run. Raises `DataError` for too few to compare."
+    pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed, on_error=e.on_error,
+                       follow_links=e.follow_links)
+    check_enough(pairs)
+    return pairs
+
 def build(e:Experiment # the settings
          ) -> Parts:
-    "Load the student, the pairs, and what the terms of the loss need. Raises `MissingError`."
+    """Load the student, the pairs, and what the terms of the loss need. Raises `MissingError`, and
+    `RunStopped` at a fault."""
+    from sdsclip_nb.faults import explained  # here, since it decides no number
+
     if lacking := missing(e): raise MissingError('\n'.join(map(str, lacking)))
-    set_seed(e.seed)
-    needs, device = needs_of(e), rank_device(e.device)
+    device = rank_device(e.device)
     e = e.model_copy(update=dict(precision=pick_precision(e.precision, device)))
+    with explained(e) as here:
+        here.folder = run_folder(e)
+        return _build(e, device)
+
+def _build(e, device):
+    "The parts of a run on a device."
+    set_seed(e.seed)
+    needs = needs_of(e)
     student = load_student(e.arch, e.scale, e.pretrained, device)
-    pairs = load_pairs(e.data, e.data_root, n=e.n_pairs, seed=e.seed, on_error=e.on_error)
+    pairs = training_pairs(e)
     teacher = latent_map = None
     if 'teacher' in needs:
         teacher = load_teacher(e.teacher, device, precision_dtype(e.precision))
@@ -271,7 +290,8 @@ def build(e:Experiment # the settings
     student.set_trainable(e.trainable)
     rank, ranks, _ = process_rank()
     return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs,
-                 e.teacher_batch_size or _fitting(e, device, ranks), rank, ranks)
+                 e.teacher_batch_size or _fitting(e, device, ranks), rank, ranks,
+                 say_cut(student.tokenizer, pairs) if rank == 0 else 0)
 
 # %% ../nbs/02c_training.ipynb #edc02ae6
 def describe(parts:Parts) -> pd.DataFrame: # columns trained, all; a row for each part
@@ -517,7 +537,7 @@ def pairs_suite(e:Experiment,
                ):                # Suite, or None
     "Retrieval among the pairs of a source's split; None where it has none. Bad ones are left out."
     from sdsclip_nb.retrieval import retrieval_suite
-    options = dict(split=split, n=n, on_error='skip', open_all=False)
+    options = dict(split=split, n=n, on_error='skip', open_all=False, follow_links=e.follow_links)
     try: pairs = find_pairs(e.data, e.data_root, **options)
     except DataError as error:  # nothing of it can be used
         print(f'{split} is not evaluated: {error}')
@@ -611,6 +631,7 @@ class Loop:
         self.seconds_before = self.elapsed_before = 0.
         self.record, self.map_error = record, map_error
         self.unsettled = []  # (row of the history, its batch) whose values are still tensors
+        self.here = None  # a `Situation`: signals that ask to stop are found there
         if checkpoint: self.take_up(checkpoint)
         self.batches = self.make_batches()
         self.suites = validation_suites(self.e) if self.e.eval_every and self.first else []
@@ -629,11 +650,12 @@ def take_up(self:Loop, checkpoint:Checkpoint):
 def make_batches(self:Loop) -> PairBatches:
     "This process's slices of the batches, from the next step on."
     e, parts, student = self.e, self.parts, self.parts.student
+    from sdsclip_nb.faults import outlive
     cached = not PAIRS[e.data].has_folder
     return PairBatches(
         parts.pairs, student.preprocess, student.tokenizer, e.batch_size, e.seed, self.done,
         cache=cached, num_workers=e.num_workers, rank=parts.rank, ranks=parts.ranks,
-        pin_memory=parts.device.type == 'cuda')
+        pin_memory=parts.device.type == 'cuda', worker_init_fn=outlive)
 
 # %% ../nbs/02c_training.ipynb #028a0d52
 @patch
@@ -760,9 +782,24 @@ def save(self:Loop, seconds:float): # of training so far
                       self.map_error, self.resumed)
     self.kept = write_checkpoint(checkpoints_of(self.folder), here, state, self.kept)
 
-# %% ../nbs/02c_training.ipynb #32e9f328
+# %% ../nbs/02c_training.ipynb #9df0cbc6
 SETTLE_EVERY = 10  # steps
 
+@patch
+def asked_to_stop(self:Loop, number:int) -> bool: # after this step
+    "Has a signal asked this process, or another one of the run, to stop? The step is settled then."
+    if self.here is None: return False
+    stop, device = self.here.stop, self.parts.device
+    if self.parts.ranks > 1:
+        if not self.due(SETTLE_EVERY, number): return False
+        asked = torch.tensor([stop.number or 0], device=device)
+        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        stop.number = asked.item() or None
+    if stop.number is None: return False
+    self.settle()
+    return True
+
+# %% ../nbs/02c_training.ipynb #32e9f328
 @patch
 def run(self:Loop,
         progress:bool=True, # show it
@@ -783,7 +820,9 @@ def run(self:Loop,
                 bar.set_postfix({k: f'{self.history[-1][k]:.3g}' for k in names}, refresh=False)
             if self.suites and (last or validates): self.evaluate_now()
             bar.update()
-            if saves and not last: self.save(seconds())
+            stops = self.asked_to_stop(number)
+            if stops or (saves and not last): self.save(seconds())
+            if stops: self.here.stop.check()
     return seconds()
 
 # %% ../nbs/02c_training.ipynb #acae0491
@@ -800,19 +839,28 @@ def train(e:Experiment,          # the settings
           watch:list=(),         # PIL images: what the teacher sees of them is kept in `Run.seen`
          ) -> Run:
     """One training run; picks up its checkpoint if it was cut off. Raises `FolderInUse` if another
-    run holds its folder."""
-    parts = parts or build(e)
-    folder = run_folder(parts.experiment)  # with the precision that `auto` stands for
-    with held(folder, e.wait, parts.rank == 0): return train_in(folder, parts, progress, watch)
+    run holds its folder, and `RunStopped` at a fault."""
+    from sdsclip_nb.faults import explained  # here, since it decides no number
+
+    if problem := folder_problem(run_folder(e)):  # before anything is loaded
+        raise PermissionError(f'out_dir={e.out_dir!r}: {problem}. Give another folder.')
+    with explained(e) as here:
+        here.parts = parts = parts or build(e)
+        here.e = parts.experiment
+        here.folder = folder = run_folder(here.e)  # with the precision that `auto` stands for
+        with held(folder, e.wait, parts.rank == 0):
+            return train_in(folder, parts, progress, watch, here)
 
 # %% ../nbs/02c_training.ipynb #82920445
 def train_in(folder:Path,   # of the run, which no other process uses
              parts:Parts,
              progress:bool, # show it
              watch:list,    # as in `train`
+             here,          # a `Situation`
             ) -> Run:
     "Fit the map or take up a checkpoint, do the steps, save."
     accelerator, record = start(parts, folder)
+    here.settings = run_digest(parts.experiment, record.inputs)
     checkpoint = checkpoint_of(folder, parts.experiment, record.inputs)
     errors = [] if checkpoint else fit_map(parts)
     share_weights(parts)
@@ -820,11 +868,14 @@ def train_in(folder:Path,   # of the run, which no other process uses
     watch, seen = (list(watch) if shown else []), {}
     if watch and not checkpoint: seen['after the first fit'] = seen_by_teacher(parts, watch)
     loop = Loop(parts, accelerator, folder, record, checkpoint, errors[-1] if errors else None)
-    seconds = loop.run(progress)
-    parts.student.eval()
-    if watch: seen['after the run'] = seen_by_teacher(parts, watch)
-    history = pd.DataFrame(loop.history)
-    if loop.first: save_run(loop, history, finish(loop, history, seconds))
+    loop.here = here
+    with here.stop.kept():  # a signal, until the step is done or the result is written
+        seconds = loop.run(progress)
+        parts.student.eval()
+        if watch: seen['after the run'] = seen_by_teacher(parts, watch)
+        history = pd.DataFrame(loop.history)
+        if loop.first: save_run(loop, history, finish(loop, history, seconds))
+        here.finished = True
     accelerator.wait_for_everyone()
     # not `end_training`, which would part the processes: another run may follow
     for tracker in accelerator.trackers: tracker.finish()
@@ -860,6 +911,15 @@ def save_run(loop:Loop, history:pd.DataFrame, record:Record):
     new.rmdir()
     remove(checkpoints_of(folder))
 
+# %% ../nbs/02c_training.ipynb #5bc21660
+def of_end(loop:Loop, history:pd.DataFrame) -> dict: # for the record; empty if all is well
+    "That nothing was learnt, said and kept. Only InfoNCE has ln n as its value of guessing."
+    parts = loop.parts
+    if 'clip' not in history or parts.student.logit_bias is not None: return {}
+    said = nothing_learnt(history, min(loop.e.batch_size, len(parts.pairs)))
+    if said: print(said)
+    return dict(nothing_learnt=said) if said else {}
+
 # %% ../nbs/02c_training.ipynb #9e55eac2
 def finish(loop:Loop,
            history:pd.DataFrame, # a row for each step
@@ -870,7 +930,8 @@ def finish(loop:Loop,
     values = {f'last_{t.name}': float(last[t.name]) for t in terms_of(loop.e)}
     if loop.resumed: loop.record.made_by['resumed_at_steps'] = loop.resumed
     record = loop.record.finish(
-        training_seconds=round(seconds, 1), map_error=loop.map_error, **values)
+        training_seconds=round(seconds, 1), map_error=loop.map_error, **values,
+        captions_cut=loop.parts.captions_cut, **of_end(loop, history))
     record.seconds = round(loop.elapsed(), 1)  # of all parts of a run that was taken up again
     return record
 
@@ -886,11 +947,17 @@ def command_line(arguments:list) -> dict: # setting -> text, or None
 # %% ../nbs/02c_training.ipynb #3a2e97b5
 def main(arguments:list|None=None): # None: those of the command line
     "Check the settings, train, print the folder; one of several processes speaks."
+    from sdsclip_nb.faults import Interrupted, RunStopped
     settings = command_line(sys.argv[1:] if arguments is None else arguments)
     rank, _, _ = process_rank()
     try: e = check_run(**settings)
     except (ValueError, MissingError) as error: raise SystemExit(str(error) if rank == 0 else 2)
-    run = train(e)
+    try: run = train(e)
+    except RunStopped as stopped:
+        if rank == 0 or not isinstance(stopped, Interrupted): print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.status) from None
+    except (DataError, FolderInUse, MissingError, NonFiniteLoss) as error:
+        raise SystemExit(str(error)) from None
     if rank == 0: print(run.folder)
 
 # %% ../nbs/02c_training.ipynb #c272de7a
