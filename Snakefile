@@ -189,7 +189,7 @@ rule fine_tune:
         mem_mb=memory,
     shell:
         "{PAPERMILL} {TRAIN_JOB} {log.notebook} --no-progress-bar {params.settings} -p out_dir {params.folder} "
-        "-p threads {threads} -p benchmarks none -p progress False"
+        "-p threads {threads} -p benchmarks none -p progress False -p wait True"
 
 
 rule measure:
