@@ -81,7 +81,7 @@ def read_rgb(file,             # path, or an open binary file
 class Item(NamedTuple):
     "One image, unopened, and its captions."
     id:str         # unique in its source
-    image:Any      # file below the source's root, `Member` of a tar, or (height, width, 3) uint8
+    image:Any      # file below the source's root, `Member` or the like, or (height, width, 3) uint8
     captions:list  # at least one, none empty
 
 # %% ../nbs/01a1_items.ipynb #4f5acc8e
@@ -237,20 +237,30 @@ class Member(NamedTuple):
     offset:int  # of the first byte
     size:int    # bytes
 
+    def read(self,
+             root:Path|None, # the source's folder
+            ) -> bytes:
+        "The undecoded image."
+        # Opened anew each time: a handle shared by worker processes would share its position.
+        with open(root/self.tar, 'rb') as tar:
+            tar.seek(self.offset)
+            return tar.read(self.size)
+
+    def place(self) -> str: return self.tar           # for a message
+    def content(self) -> list: return [self.tar, self.size]  # for a hash of the data
+
+# %% ../nbs/01a1_items.ipynb #2ef7ece0
 def open_rgb(item:Item,
              root:Path|None,   # the source's folder
             ) -> Image.Image:  # RGB
     "The item's image. Raises `BadItem` if it cannot be decoded."
     if isinstance(item.image, np.ndarray): return Image.fromarray(item.image)
-    if not isinstance(item.image, Member): return read_rgb(root/item.image)
-    # Opened anew each time: a handle shared by worker processes would share its position.
-    with decoding(), open(root/item.image.tar, 'rb') as tar:
-        tar.seek(item.image.offset)
-        return read_rgb(io.BytesIO(tar.read(item.image.size)))
+    if isinstance(item.image, str): return read_rgb(root/item.image)
+    with decoding(): return read_rgb(io.BytesIO(item.image.read(root)))
 
 def place_of(item:Item # as `Intake` keeps it
             ) -> str:  # its file and id
     "Where an item's image is, for a message."
     if isinstance(item.image, np.ndarray): return f'image {item.id}'
-    file = item.image.tar if isinstance(item.image, Member) else item.image
+    file = item.image if isinstance(item.image, str) else item.image.place()
     return f'{file}, image {item.id}'

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01a_pairs.ipynb #88d2d8b5
-from . import coco, folders, shards  # noqa: F401  each fills the registry
+from . import coco, folders, hub, shards  # noqa: F401  each fills the registry
 from .items import (  # noqa: F401  beside the pairs, for who reads and checks them
     BadItem, DataError, decoding, file_below, Intake, Item, Listing, listing, Member, need,
     NoSplit, open_rgb, read_json_file, read_rgb, to_rgb)

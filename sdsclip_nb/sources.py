@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .experiment import data_folder, registry
 from .files import markdown_text, reading_below
-from .items import BadItem, DataError, Intake, Item, Member, NoSplit, open_rgb, place_of
+from .items import BadItem, DataError, Intake, Item, NoSplit, open_rgb, place_of
 from .mini import make_pairs
 from .plots import show_images
 from .record import MINI_COMMAND, Missing, MissingError, ProgressBar
@@ -67,8 +67,8 @@ def content_hash(self:Pairs) -> str: # 12 hexadecimal digits
     "A short name for exactly these pairs in this order."
     def content(image):
         if isinstance(image, np.ndarray): return sha256(image.tobytes()).hexdigest()
-        if isinstance(image, Member): return [image.tar, image.size]
-        return [image, os.stat(self.root/image).st_size]
+        if isinstance(image, str): return [image, os.stat(self.root/image).st_size]
+        return image.content()
     digest = sha256()
     for item in self.items:
         digest.update(json.dumps([item.id, content(item.image), item.captions]).encode())
@@ -108,6 +108,7 @@ class Source:
     splits:tuple   # that it has; () where the names of folders or files say
     files:dict     # pattern below its folder -> what it is and where it comes from; see `needs`
     folder:str     # its usual place: data/<folder>
+    missing:Callable|None=None # missing(root) -> list of `Missing`; None: `files` are looked for
 
     @property
     def has_folder(self) -> bool:
@@ -128,10 +129,11 @@ def source(name:str,             # as users call it
            splits:tuple=(),      # as in `Source`
            files:dict|None=None, # as in `Source`; None: it is drawn, not read
            folder:str|None=None, # as in `Source`; None: its name
+           missing:Callable|None=None, # as in `Source`
           ):
     "Register the decorated `read(root, split, intake, n=, seed=)` as a source of pairs."
     def register(read):
-        PAIRS[name] = Source(read, splits, files or {}, folder or name)
+        PAIRS[name] = Source(read, splits, files or {}, folder or name, missing)
         return read
     return register
 
@@ -148,6 +150,7 @@ def missing_data(name:str,           # a key of `PAIRS`
     "The files of a source that are not in its folder. Opens none."
     entry = _source(name)
     folder, wanted = data_folder(entry.folder, root or None), entry.needs(split)
+    if entry.missing: return entry.missing(folder)
     return [Missing(f'data={name!r}: {folder/pattern}', origin, str(folder))
             for pattern, origin in wanted.items() if not any(folder.glob(pattern))]
 
