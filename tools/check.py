@@ -617,6 +617,12 @@ def check_determinism() -> str:
     return expect(done, "the main job twice:").splitlines()[-1].split(",")[0]
 
 
+def check_kills() -> str:
+    "runs killed at some moments end as a run that was left alone"
+    done = run(sys.executable, ROOT / "tools" / "kill_test.py", "--short")
+    return expect(done, "runs killed and taken up again:").splitlines()[-1].split(",")[0]
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -637,6 +643,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "paper_train": check_paper_train,
     "ranks": check_ranks,
     "determinism": check_determinism,
+    "kills": check_kills,
 }
 
 

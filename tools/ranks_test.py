@@ -123,7 +123,7 @@ def work(folder: Path) -> None:
         train_in(folder / "cut-2", eval_every=10)
     torch.distributed.barrier()
     if rank == 0:
-        left = sorted(path.name for path in (folder / "cut-2" / "checkpoint").iterdir())
+        left = sorted(path.name for path in (folder / "cut-2" / "checkpoints").glob("step-*/*"))
         (folder / "checkpoint.json").write_text(json.dumps(left))
     torch.distributed.barrier()
     with watched(folder / f"resumed-taken-{rank}.json"):
