@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVEL_COLUMNS', 'GAP_COLUMNS', 'MARKS', 'SOURCE', 'ALPHA', 'RULES', 'ALL_RULES', 'NOT_TESTED', 'ABOUT', 'Runs',
-           'levels', 'gaps', 'in_words', 'named', 'wide', 'seconds_an_item', 'teacher_levels', 'begin', 'write', 'read',
-           'PageTables', 'result_page', 'published', 'Rule', 'one_sided', 'verdict', 'judge']
+           'levels', 'gaps', 'mean_gaps', 'in_words', 'named', 'wide', 'seconds_an_item', 'teacher_levels', 'begin',
+           'write', 'read', 'PageTables', 'result_page', 'published', 'Rule', 'one_sided', 'verdict', 'judge']
 
 # %% ../nbs/06a_report.ipynb #2682ab28
 import json
@@ -20,7 +20,7 @@ import pandas as pd
 from fastcore.basics import patch
 from IPython.display import display, Markdown
 
-from .compare import compare, compare_seeds, holm, over_seeds
+from .compare import compare, compare_seeds, compare_students, holm, over_seeds
 from .evaluate import interval_text, KEYS, Result
 from .experiment import from_root
 from .plan import plan, RESULTS, WINOGROUND
@@ -128,13 +128,16 @@ def levels(runs:Runs,
     return pd.concat(out)[LEVEL_COLUMNS].reset_index(drop=True)
 
 # %% ../nbs/06a_report.ipynb #ce0a30ca
+def _for_each_seed(before, after):
+    "The results before; the untouched student is one for all seeds."
+    if len({id(result) for result in before}) > 1: return before
+    return [Result(b.name, b.outcomes, b.meta | dict(seed=a.meta.get('seed')))
+            for b, a in zip(before, after)]
+
 def _gap(before, after):
     "Over seeds where there are several, else over items."
     if len(after) == 1: return compare(before[0], after[0])
-    if len({id(result) for result in before}) == 1:  # the untouched student is one for all seeds
-        before = [Result(b.name, b.outcomes, b.meta | dict(seed=a.meta.get('seed')))
-                  for b, a in zip(before, after)]
-    return compare_seeds(before, after)
+    return compare_seeds(_for_each_seed(before, after), after)
 
 def _gap_rows(before, after, keys):
     n = min(len(before), len(after))  # the seeds that both have
@@ -162,6 +165,24 @@ def gaps(runs:Runs,
             family = dict(student=student, before=pair[0], after=pair[1], p_holm=holm(rows.p))
             out.append(rows.assign(**family))
     return pd.concat(out)[GAP_COLUMNS].reset_index(drop=True)
+
+# %% ../nbs/06a_report.ipynb #c1fdf21c
+def mean_gaps(runs:Runs,
+              students:list,    # of the plan, two or more
+              pair:tuple,       # (training before, training after)
+              metrics:list,     # as in `levels`
+             ) -> pd.DataFrame: # students, difference, low, high, p, further_low, further_high
+    "Paired differences, after - before, averaged over students and their seeds."
+    keys, sides = _keys(metrics), ([], [])
+    for student in students:
+        before, after = (_only(runs.get(student, training), keys) for training in pair)
+        if pair[0] == 'base': before = before*len(after)
+        n = min(len(before), len(after))
+        sides[0].append(_for_each_seed(before[:n], after[:n]))
+        sides[1].append(after[:n])
+    table = compare_students(*sides).set_index(KEYS)
+    table = table.loc[[key for key in keys if key in table.index]].reset_index()
+    return table.assign(before=pair[0], after=pair[1])
 
 # %% ../nbs/06a_report.ipynb #5e6abc93
 def in_words(table:pd.DataFrame,  # from `levels` or `gaps`
