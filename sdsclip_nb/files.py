@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAVES', 'RUNS_CODE', 'BadFile', 'check_file', 'reading_below', 'leaves', 'walk', 'check_text', 'read_text',
-           'parse_json', 'json_lines', 'csv_rows', 'check_model_folder', 'check_finite_weights', 'markdown_text']
+           'parse_json', 'json_lines', 'csv_rows', 'check_model_folder', 'check_finite_weights', 'markdown_text',
+           'without_tokens']
 
-# %% ../nbs/00c_files.ipynb #06fecaf1
+# %% ../nbs/00c_files.ipynb #933e0a38
 import csv
 import json
 import os
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-# %% ../nbs/00c_files.ipynb #9c075641
+# %% ../nbs/00c_files.ipynb #6d328a8b
 class BadFile(ValueError):
     "What is wrong with a file, a line or a text, and what to do. The caller names the place."
 
@@ -37,7 +38,7 @@ def check_file(path:Path # as given
         raise BadFile(f'it is {kind}, not a file. Put the file in its place.')
     if leaves(path): raise BadFile(LEAVES)
 
-# %% ../nbs/00c_files.ipynb #57ceb296
+# %% ../nbs/00c_files.ipynb #89bf6d03
 LEAVES = ('it is a link that leaves the data folder. Copy what it points to, '
           'or allow such links: follow_links=True.')
 _SOURCE = ContextVar('source', default=(None, False))  # folder that is read, are links followed?
@@ -60,7 +61,7 @@ def leaves(path:Path # of a file or folder
     real = os.path.realpath(path)
     return real != root and not real.startswith(os.path.join(root, ''))
 
-# %% ../nbs/00c_files.ipynb #19ac369d
+# %% ../nbs/00c_files.ipynb #b0020eb8
 def walk(top:Path # a folder; need not be there
         ) -> tuple[set, set]: # names of files below it; names of links that leave
     "What a folder and its subfolders hold, with forward slashes."
@@ -81,7 +82,7 @@ def walk(top:Path # a folder; need not be there
                 elif follow or not link: todo.append(name)
     return names, links
 
-# %% ../nbs/00c_files.ipynb #3cdafc46
+# %% ../nbs/00c_files.ipynb #b4f4814e
 def check_text(text:str) -> str: # the same
     "Raise `BadFile` for a text with a NUL, or one that UTF-8 cannot hold."
     if '\0' in text:
@@ -102,7 +103,7 @@ def read_text(path:Path # of a file
     except OSError as e:
         raise BadFile(f'it cannot be read ({e.strerror}). Fetch it again.') from None
 
-# %% ../nbs/00c_files.ipynb #21f335b9
+# %% ../nbs/00c_files.ipynb #9e91deeb
 def _said_once(pairs):
     "An object of JSON, if no key stands twice."
     entry = dict(pairs)
@@ -127,7 +128,7 @@ def json_lines(path:Path # of a file
         try: yield number, parse_json(line)
         except BadFile as e: yield number, e
 
-# %% ../nbs/00c_files.ipynb #8c843db6
+# %% ../nbs/00c_files.ipynb #0d177206
 def _cells(line):
     "The fields of one line of CSV."
     try: return next(csv.reader([line], strict=True), [])
@@ -150,7 +151,7 @@ def csv_rows(path:Path # of a file with a line of column names
             row, rest = dict.fromkeys(header) | dict(zip(header, cells)), cells[len(header):]
             yield number, row | ({None: rest} if rest else {})
 
-# %% ../nbs/00c_files.ipynb #71ec67ca
+# %% ../nbs/00c_files.ipynb #c845f208
 RUNS_CODE = ('auto_map', 'trust_remote_code')  # keys of a configuration
 
 def _asks_to_run(data):
@@ -171,7 +172,7 @@ def _check_model_file(path):
     if is_config and (key := _asks_to_run(data)):
         raise BadFile(f'{key!r} asks to run code that came with the model. Remove the key.')
 
-# %% ../nbs/00c_files.ipynb #32b9da1e
+# %% ../nbs/00c_files.ipynb #1184fcd8
 def check_model_folder(folder:Path, # of a student, or of a teacher with a subfolder for each part
                        *needed:str, # files that have to be there
                       ):
@@ -189,9 +190,14 @@ def check_finite_weights(weights:dict # name -> tensor
         raise BadFile(f'{len(bad)} of {len(weights)} tensors hold numbers that are not finite, '
                       f'the first {bad[0]}. Fetch the weights again.')
 
-# %% ../nbs/00c_files.ipynb #902f9e72
+# %% ../nbs/00c_files.ipynb #d3298314
 def markdown_text(value # any
                  ) -> str: # one line that Markdown shows as it is, also in a table
     "A value as text of a Markdown document: no HTML, link, code or formula begins in it."
     text = ' '.join(str(value).split()).encode('utf-8', 'replace').decode()
     return re.sub(r'([\\`*_\[\]<>|#~$&!])', r'\\\1', text)
+
+# %% ../nbs/00c_files.ipynb #afce9922
+def without_tokens(text:str) -> str:
+    "A text with each token of the hub replaced."
+    return re.sub(r'hf_[A-Za-z0-9]{8,}', '<token>', text)

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .experiment import data_folder
-from .files import BadFile, check_file, check_text, reading_below
+from .files import BadFile, check_file, check_text, reading_below, without_tokens
 from .items import (
     BadItem, DataError, decoding, file_below, Intake, Listing, listing, read_rgb, to_rgb)
 from .items import read_json_file  # noqa: F401  loaders take it from here
@@ -257,7 +257,7 @@ def _hub_error(name, repo, root, error):
     if root is not None:
         cure = 'Fetch it again, or give another root.'
         return DataError(f'{name}: {root} does not open as a data set ({error}). {cure}')
-    kind, text = type(error).__name__, ' '.join(str(error).split())[:120]
+    kind, text = type(error).__name__, ' '.join(without_tokens(str(error)).split())[:120]
     gated = kind in ('GatedRepoError', 'DatasetNotFoundError') or 'gated' in str(error).lower()
     accept = f'accept its conditions on its hub page, {repo}, then run `hf auth login`'
     copy = 'On a machine without one, copy the set and give its folder as root.'
@@ -274,7 +274,8 @@ def _open_set(name, repo, split, root):
     try:
         if saved: return datasets.load_from_disk(str(root))
         return datasets.load_dataset(str(root) if local else repo, split=split)
-    except Exception as e: raise _hub_error(name, repo, root if local else None, e) from e
+    except Exception as e:  # its text may hold what was sent
+        raise _hub_error(name, repo, root if local else None, e) from None
 
 def hub_rows(name:str,            # of the benchmark
              repo:str,            # its hub id

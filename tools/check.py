@@ -623,6 +623,18 @@ def check_kills() -> str:
     return expect(done, "runs killed and taken up again:").splitlines()[-1].split(",")[0]
 
 
+def check_bad_input() -> str:
+    "bad input of every kind ends in a clear error, a counted skip, or is rightly taken"
+    done = run(sys.executable, ROOT / "tools" / "bad_input_test.py", OMP_NUM_THREADS="1")
+    return expect(done, "bad input:").splitlines()[-1].split(",")[0]
+
+
+def check_hostile() -> str:
+    "hostile files run no code, shown text is escaped, a token stays secret"
+    done = run(sys.executable, ROOT / "tools" / "hostile_test.py", OMP_NUM_THREADS="1")
+    return expect(done, "hostile files:").splitlines()[-1].split(",")[0]
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "modules": check_modules,
     "clean": check_clean,
@@ -642,6 +654,8 @@ CHECKS: dict[str, Callable[[], str]] = {
     "paper_scale": check_paper_scale,
     "paper_train": check_paper_train,
     "ranks": check_ranks,
+    "bad_input": check_bad_input,
+    "hostile": check_hostile,
     "determinism": check_determinism,
     "kills": check_kills,
 }
