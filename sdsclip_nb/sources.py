@@ -8,7 +8,7 @@ __all__ = ['PAIRS', 'SPLITS', 'Pair', 'Pairs', 'Source', 'source', 'missing_data
 # %% ../nbs/01a2_sources.ipynb #4faff4f9
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
@@ -39,7 +39,7 @@ class Pairs(Dataset):
     def __init__(self,
                  name:str,               # of the source
                  root:Path|None,         # its folder, if it has one
-                 items:list[Item],       # the images, unopened
+                 items:Sequence[Item],   # the images, unopened
                  skipped:list|None=None, # what was left out: (item, reason)
                  split:str='train',      # of the source
                 ):
@@ -47,6 +47,11 @@ class Pairs(Dataset):
         self.items, self.skipped = items, list(skipped or [])
 
     def __len__(self): return len(self.items)
+
+    @property
+    def runs(self) -> list|None: # of int; None: their order says nothing about where they lie
+        "How many items lie together, one after another, as those of a tar shard do."
+        return getattr(self.items, 'runs', None)
 
     def captions(self, i:int) -> list[str]:
         "The captions of image `i`, without opening it."
@@ -185,7 +190,7 @@ def load_pairs(name:str,             # a key of `PAIRS`
         PAIRS[name].read(root, split, intake, n=n, seed=seed)
     items = intake.items
     if n is not None and n < len(items):
-        items = [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:n]]
+        items = _some(items, np.random.default_rng(seed).permutation(len(items))[:n])
     if on_error == 'skip' and open_all: items = _readable(items, intake)
     if not items:
         left = intake.skipped[:3] or 'none, it is empty'
@@ -198,15 +203,19 @@ def _readable(items, intake):
     def fault(item):
         try: open_rgb(item, intake.root)
         except BadItem as e: return e
-    good = []
+    good = []  # places
     with ThreadPool() as pool:  # Pillow decodes outside Python's lock
         faults = pool.imap(fault, items, chunksize=16)
         bar = ProgressBar(faults, 'checking images', len(items), delay=2, leave=False)
-        for error, item in zip(bar, items):
-            with intake.trying(place_of(item)):
+        for place, error in enumerate(bar):
+            with intake.trying('' if error is None else place_of(items[place])):
                 if error: raise error
-                good.append(item)
-    return good
+                good.append(place)
+    return _some(items, good)
+
+def _some(items, places):
+    "Some of the items; shards keep theirs in order, since they are read shard by shard."
+    return items.take(places) if hasattr(items, 'take') else [items[k] for k in places]
 
 # %% ../nbs/01a2_sources.ipynb #4c8d0296
 def find_pairs(name:str,         # a key of `PAIRS`
