@@ -268,7 +268,9 @@ class ProgressBar(tqdm):
         self.show_line(str(self))
 
     def close(self):
+        shown = not self.disable
         super().close()
+        if shown: self.fp.flush()  # its line ends before another one begins
         if self.line is not None and not self.leave: self.show_line('')
 
 # %% ../nbs/00a_record.ipynb #5443add5

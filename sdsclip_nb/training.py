@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_trackers', 'find_problems', 'missing', 'check_run', 'suite_names',
-           'Distillation', 'Parts', 'rank_device', 'training_pairs', 'build', 'describe', 'features_and_latents',
-           'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step', 'split_batch', 'random_state',
-           'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss', 'check_finite', 'checkpoints_of',
-           'save_state', 'run_digest', 'checkpoint_of', 'make_optimizer', 'pairs_suite', 'validation_suites',
-           'validate', 'Run', 'make_accelerator', 'run_folder', 'start', 'Loop', 'share_weights', 'train', 'train_in',
-           'check_weights', 'save_run', 'of_end', 'finish', 'command_line', 'main', 'show_curves']
+           'Distillation', 'Parts', 'rank_device', 'run_folder', 'training_pairs', 'build', 'describe',
+           'features_and_latents', 'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step',
+           'split_batch', 'random_state', 'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss',
+           'check_finite', 'checkpoints_of', 'save_state', 'run_digest', 'checkpoint_of', 'make_optimizer',
+           'pairs_suite', 'validation_suites', 'validate', 'Run', 'make_accelerator', 'start', 'Loop', 'share_weights',
+           'train', 'take_rankings', 'train_in', 'check_weights', 'save_run', 'of_end', 'finish', 'command_line',
+           'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
@@ -49,6 +50,7 @@ from .experiment import (
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
 from .notices import check_enough, nothing_learnt, say_cut
 from .pairs import PAIRS, DataError, Pairs, find_pairs, load_pairs, missing_data
+from .ranking import Rankings, make_rankings, ranking_problems
 from sdsclip_nb.record import (
     MINI_COMMAND, Missing, MissingError, ProgressBar, Record, cuda_devices, folder_problem,
     hub_reachable, pick_device, pick_precision, precision_dtype, process_rank,
@@ -123,6 +125,7 @@ def find_problems(settings:dict # name -> value, as given
     problems |= choice_problems(e)
     e = _without(given, problems)  # a wrong choice must not hide what else is wrong
     problems |= _folder_problems(e) | _rank_problems(e) | _tracker_problems(e)
+    problems |= ranking_problems(e)
     checks = dict(arch=(student_source, e.arch, e.scale, e.pretrained),
                   device=(pick_device, e.device))
     if 'teacher' in needs_of(e): checks['teacher'] = (teacher_source, _plain(e.teacher))
@@ -208,7 +211,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.latent_map = student, latent_map
 
-    def forward(self, images, tokens, exchanged_tokens=None):
+    def forward(self, images, tokens, exchanged_tokens=None, candidate_tokens=None):
         "Tensors of a `Step`: features (n, embed_dim), latents (n, *latent_shape), scale."
         out = dict(logit_scale=self.student.logit_scale)
         if (bias := self.student.logit_bias) is not None: out['logit_bias'] = bias
@@ -220,6 +223,8 @@ class Distillation(nn.Module):
         out['text_features'] = self.student.encode_text(tokens)
         if exchanged_tokens is not None:
             out['exchanged_features'] = self.student.encode_text(exchanged_tokens)
+        if candidate_tokens is not None:
+            out['candidate_features'] = self.student.encode_text(candidate_tokens)
         return {name: value.float() for name, value in out.items()}
 
 # %% ../nbs/02c_training.ipynb #7dfef048
@@ -235,6 +240,7 @@ class Parts:
     teacher_batch_size:int|None=None # latents the teacher takes at a time; None: all
     rank:int=0            # of this process
     ranks:int=1           # processes that train together
+    rankings:Rankings|None=None # of the pairs' caption candidates, if a term needs them
     captions_cut:int=0    # captions that are longer than the student reads
     @property
     def student(self): return self.module.student
@@ -248,6 +254,11 @@ def rank_device(device:str     # as in `Experiment`
     picked = pick_device(device)
     _, ranks, local = process_rank()
     return torch.device('cuda', local) if ranks > 1 and picked.type == 'cuda' else picked
+
+# %% ../nbs/02c_training.ipynb #6d668686
+def run_folder(e:Experiment) -> Path:
+    "Where a run is written."
+    return from_root(e.out_dir or f'out/runs/{run_name(e)}')
 
 # %% ../nbs/02c_training.ipynb #6ac85456
 def _fitting(e, device, ranks) -> int|None:
@@ -291,7 +302,7 @@ def _build(e, device):
     rank, ranks, _ = process_rank()
     return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs,
                  e.teacher_batch_size or _fitting(e, device, ranks), rank, ranks,
-                 say_cut(student.tokenizer, pairs) if rank == 0 else 0)
+                 captions_cut=say_cut(student.tokenizer, pairs) if rank == 0 else 0)
 
 # %% ../nbs/02c_training.ipynb #edc02ae6
 def describe(parts:Parts) -> pd.DataFrame: # columns trained, all; a row for each part
@@ -367,8 +378,12 @@ def student_inputs(parts:Parts,
                   ) -> list:    # of tensors
     "What `Distillation` takes of a batch."
     inputs = [batch[name].to(parts.device, non_blocking=True) for name in ('image', 'text')]
-    if 'exchanged_captions' in parts.needs:
-        inputs.append(_exchanged_tokens(parts, batch['caption']))
+    if parts.needs & {'exchanged_captions', 'candidates'}:
+        wanted = 'exchanged_captions' in parts.needs
+        inputs.append(_exchanged_tokens(parts, batch['caption']) if wanted else None)
+    if 'candidates' in parts.needs:
+        captions, _, _ = parts.rankings.batch(batch['index'].tolist())
+        inputs.append(parts.student.tokenizer(captions).to(parts.device))
     return inputs
 
 def _teacher_captions(parts, captions, number):
@@ -391,6 +406,9 @@ def complete_step(parts:Parts,
     if 'teacher' in needs:
         step.teacher = parts.teacher
         step.teacher_captions = _teacher_captions(parts, captions, number)
+    if 'candidates' in needs:
+        _, step.candidate_counts, targets = parts.rankings.batch(batch['index'].tolist())
+        step.candidate_targets = targets.to(parts.device, non_blocking=True)
     if 'image_latents' in needs:
         images = [parts.pairs[i].image for i in batch['index'].tolist()]
         step.image_latents = parts.teacher.encode_images(images).float()
@@ -590,10 +608,6 @@ def make_accelerator(e:Experiment,
     return accelerator
 
 # %% ../nbs/02c_training.ipynb #b81fad51
-def run_folder(e:Experiment) -> Path:
-    "Where a run is written."
-    return from_root(e.out_dir or f'out/runs/{run_name(e)}')
-
 def start(parts:Parts, folder:Path): # Accelerator and Record
     "Accelerator and record of a run; the losses begin to be logged."
     e = parts.experiment
@@ -851,6 +865,17 @@ def train(e:Experiment,          # the settings
         with held(folder, e.wait, parts.rank == 0):
             return train_in(folder, parts, progress, watch, here)
 
+# %% ../nbs/02c_training.ipynb #5c04e7da
+def take_rankings(parts:Parts, record:Record):
+    "Fill `parts.rankings`, if a term needs them, while the student is untouched."
+    if 'candidates' not in parts.needs: return
+    gather = (lambda x: [x]) if parts.ranks == 1 else (lambda x: gather_object([x]))
+    parts.rankings = make_rankings(
+        parts.experiment, parts.pairs, parts.student, parts.teacher, parts.teacher_batch_size,
+        rank=parts.rank, ranks=parts.ranks, gather=gather)
+    record.inputs['rankings'] = parts.rankings.key
+    record.made_by['teacher_evaluations_before_training'] = parts.rankings.calls
+
 # %% ../nbs/02c_training.ipynb #82920445
 def train_in(folder:Path,   # of the run, which no other process uses
              parts:Parts,
@@ -860,6 +885,7 @@ def train_in(folder:Path,   # of the run, which no other process uses
             ) -> Run:
     "Fit the map or take up a checkpoint, do the steps, save."
     accelerator, record = start(parts, folder)
+    take_rankings(parts, record)
     here.settings = run_digest(parts.experiment, record.inputs)
     checkpoint = checkpoint_of(folder, parts.experiment, record.inputs)
     errors = [] if checkpoint else fit_map(parts)
