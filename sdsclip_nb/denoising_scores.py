@@ -17,6 +17,7 @@ from .record import stream
 from .scores import (checked_index, distinct_images, in_batches, index_scores, load_ahead,
                                open_image, progress_bar, spread_bad, try_image, unique_index)
 from .suite import Suite
+from .teacher import denoising_errors
 
 # %% ../nbs/05b_denoising_scores.ipynb #15cf130b
 def round_noise(item:str,      # id of the item
@@ -47,14 +48,10 @@ def prediction_errors(teacher,      # a `Teacher`
                       conditioning, # of the rows' captions: n of them
                       group,        # (n,) long: the noised latents of each row
                      ) -> tuple:    # (n,) float32 errors; (n, 3) `_fingerprint` of what was given
-    "Mean squared errors of the teacher's prediction, summed in float32 whatever its precision."
-    noise, timesteps = noise.to(latents), timesteps.to(latents.device)
-    noisy = teacher.add_noise(latents, noise, timesteps)[group]
-    target = teacher.target(latents.float(), noise.float())[group]
-    noise, timesteps = noise[group], timesteps[group]
-    predicted = teacher.predict(noisy, timesteps, conditioning)
-    errors = (predicted.float() - target).square().flatten(1).mean(1)
-    return errors.cpu().numpy(), _fingerprint(noise, timesteps, noisy).cpu().numpy()
+    "`denoising_errors`, and what the teacher was given."
+    errors, noisy = denoising_errors(teacher, latents, noise, timesteps, conditioning, group)
+    given = _fingerprint(noise.to(latents), timesteps.to(latents.device), noisy)[group]
+    return errors.cpu().numpy(), given.cpu().numpy()
 
 # %% ../nbs/05b_denoising_scores.ipynb #44d499df
 def interim_tests(rounds:int,      # at most

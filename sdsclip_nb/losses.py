@@ -128,7 +128,7 @@ def sds_loss(teacher,                   # a Teacher
     return value.sum() + surrogate
 
 # %% ../nbs/02b_losses.ipynb #1c48cf84
-NEEDS = ('teacher', 'latent_map', 'image_latents', 'exchanged_captions')
+NEEDS = ('teacher', 'latent_map', 'image_latents', 'exchanged_captions', 'candidates')
 
 @dataclass
 class Step:
@@ -144,6 +144,9 @@ class Step:
     latents:torch.Tensor|None = None   # (batch, *latent_shape): h_w(f_phi(x))
     image_latents:torch.Tensor|None = None      # (batch, *latent_shape)
     exchanged_features:torch.Tensor|None = None # (exchanged captions, embed_dim)
+    candidate_features:torch.Tensor|None = None # (candidates of all images, embed_dim)
+    candidate_counts:list|None = None           # of int, one for each image
+    candidate_targets:torch.Tensor|None = None  # (batch, most candidates): how likely each is
     logit_bias:torch.Tensor|None = None         # of a student with the sigmoid loss
     teacher_batch_size:int|None = None          # latents at a time; None: as the experiment says
     rank:int = 0                                # of this process

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'CACHE_BYTES', 'family_of', 'teacher_source', 'missing_teacher', 'teacher_hash', 'Teacher', 'load_teacher',
-           'Conditioning', 'SDXLTeacher', 'PixArtTeacher', 'FlowTeacher', 'SD3Teacher']
+           'Conditioning', 'denoising_errors', 'SDXLTeacher', 'PixArtTeacher', 'FlowTeacher', 'SD3Teacher']
 
 # %% ../nbs/02_teacher.ipynb #b74f6a55
 import json
@@ -465,6 +465,22 @@ def target(self:Teacher,
           ) -> torch.Tensor: # (batch, *latent_shape)
     "What `predict` should have said: the noise."
     return noise
+
+# %% ../nbs/02_teacher.ipynb #5bc5cb4a
+@torch.inference_mode()
+def denoising_errors(teacher,      # a `Teacher`
+                     latents,      # (groups, *latent_shape)
+                     noise,        # (groups, *latent_shape)
+                     timesteps,    # (groups,) long
+                     conditioning, # of the rows' captions: n of them
+                     group,        # (n,) long: the noised latents of each row
+                    ) -> tuple:    # (n,) float32 errors; (groups, *latent_shape) noised latents
+    "Mean squared errors of the teacher's prediction, summed in float32 whatever its precision."
+    noise, timesteps = noise.to(latents), timesteps.to(latents.device)
+    noisy = teacher.add_noise(latents, noise, timesteps)
+    target = teacher.target(latents.float(), noise.float())[group]
+    predicted = teacher.predict(noisy[group], timesteps[group], conditioning)
+    return (predicted.float() - target).square().flatten(1).mean(1), noisy
 
 # %% ../nbs/02_teacher.ipynb #a60fadae
 @patch
