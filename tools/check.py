@@ -341,7 +341,7 @@ def python_of(path: Path) -> str:
 
 
 def unsafe_calls(source: str) -> Iterator[str]:
-    "Calls of torch.load that may unpickle, and keywords that trust what was downloaded"
+    "Calls that may unpickle or unpack anywhere, and keywords that trust what was downloaded"
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -349,6 +349,8 @@ def unsafe_calls(source: str) -> Iterator[str]:
         name = ast.unparse(node.func)
         if name == "torch.load" and given.get("weights_only") != "True":
             yield f"line {node.lineno}: torch.load without weights_only=True"
+        if name.split(".")[-1] in ("extractall", "unpack_archive"):  # ruff knows tarfile's alone
+            yield f"line {node.lineno}: {name} writes wherever the archive says"
         for trust in ("trust_remote_code", "allow_pickle"):
             if given.get(trust, "False") != "False":
                 yield f"line {node.lineno}: {name} with {trust}={given[trust]}"
@@ -611,6 +613,14 @@ def check_ranks() -> str:
     return lines[-1].split(",")[0]
 
 
+def check_faults() -> str:
+    "a full disk, a lost image, a killed worker, no memory, signals: one message, and equal again"
+    done = run(sys.executable, ROOT / "tools" / "faults_test.py", "--short", OMP_NUM_THREADS="1")
+    lines = expect(done, "training runs that meet a fault:").splitlines()
+    skipped = [line for line in lines if line.startswith("skipped")]
+    return "; ".join([lines[-1], *skipped])
+
+
 def check_determinism() -> str:
     "the main job twice: equal in all that it records"
     done = run(sys.executable, ROOT / "tools" / "determinism_test.py")
@@ -656,6 +666,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "ranks": check_ranks,
     "bad_input": check_bad_input,
     "hostile": check_hostile,
+    "faults": check_faults,
     "determinism": check_determinism,
     "kills": check_kills,
 }

@@ -505,6 +505,43 @@ def hub_set_with(fetch: Callable, folder: Path) -> None:
         load_benchmark("bivlc", folder / "none")
 
 
+# The lint -----------------------------------------------------------------------------------------
+
+UNSAFE = (
+    "import pickle\npickle.load(open('x', 'rb'))", "import pickle\npickle.loads(b'')",
+    "import pandas as pd\npd.read_pickle('x')", "import torch\ntorch.load('x')",
+    "import torch\ntorch.load('x', weights_only=False)", "eval('1')", "exec('1')",
+    "import tarfile\ntarfile.open('x').extractall()", "import zipfile\nz.ZipFile('x').extractall()",
+    "import shutil\nshutil.unpack_archive('x')", "import yaml\nyaml.load('x', yaml.Loader)",
+    "f('x', trust_remote_code=True)", "import numpy as np\nnp.load('x', allow_pickle=True)",
+    "import os\nos.system('x')", "import subprocess\nsubprocess.run('x', shell=True)",
+)  # fmt: skip
+
+
+def lint_finds(folder: Path) -> str:
+    "each unsafe call is found by `make test`'s lint or its check of security"
+    from check import unsafe_calls
+
+    for number, source in enumerate(UNSAFE):
+        (folder / f"a{number}.py").write_text(source + "\n")
+    ruff = [
+        Path(sys.executable).parent / "ruff",
+        "check",
+        "--no-cache",
+        "--output-format",
+        "concise",
+    ]
+    config = ["--config", ROOT / "pyproject.toml"]
+    done = subprocess.run([*ruff, *config, folder], text=True, capture_output=True, check=False)
+    said = done.stdout
+    missed = [
+        source for number, source in enumerate(UNSAFE)
+        if not re.search(rf"a{number}\.py:\d+:\d+: S\d", said) and not list(unsafe_calls(source))
+    ]  # fmt: skip
+    assert not missed, missed
+    return f"{len(UNSAFE)} calls"
+
+
 TOKENS = (token_in_errors, token_in_run)
 
 
@@ -530,7 +567,7 @@ def in_folder(test: Callable) -> str:
 def main() -> int:
     "Run all; 0 if nothing failed"
     passed = [report("file", test.__doc__.splitlines()[0], open_hostile, test) for test in FILES]
-    for kind, tests in (("shown", SHOWN), ("token", TOKENS)):
+    for kind, tests in (("shown", SHOWN), ("lint", (lint_finds,)), ("token", TOKENS)):
         passed += [report(kind, t.__doc__.splitlines()[0], in_folder, t) for t in tests]
     print(f"{sum(passed)} passed, {passed.count(False)} failed")
     return int(not all(passed))

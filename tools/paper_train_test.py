@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,9 +56,10 @@ def clone(folder: Path, shared: Path) -> Path:
     for name in ("settings.ini", "nbs", "sdsclip_nb"):
         (work / name).symlink_to(ROOT / name)
     (work / "data" / "coco").symlink_to(shared / "coco-mini")
-    (crepe / "val2017").symlink_to(shared / "coco-mini" / "val2017")
+    # copies: a link in a folder of data may not lead out of it
+    shutil.copytree(shared / "coco-mini" / "val2017", crepe / "val2017")
     for path in (shared / "sugarcrepe").glob("*.json"):
-        (crepe / path.name).symlink_to(path)
+        shutil.copyfile(path, crepe / path.name)
     return work
 
 
