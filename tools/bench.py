@@ -2,6 +2,9 @@
 
 efficiency  the work of student and teacher alone, as a share of a whole training step (mini scale)
 plain       a plain training loop, as released code has it, against the kit's (mini scale)
+unet        efficiency with Stable Diffusion's UNet at a quarter of its channels, ViT-B-32 in its
+            real size, and COCO's files read by workers (see --coco)
+options     what torch.compile, channels_last, TF32, kept captions and rare fetching of losses bring
 loading     images a second at 224 pixels by number of workers (needs COCO's files, see --coco)
 scoring     CLIP scores in batches, and denoising scores by the paired scheme
 memory      of Stable Diffusion v1-4 and v2-1 at batch 32, computed; on a GPU also a real step's
@@ -71,16 +74,18 @@ def alternate(ways: dict, blocks: int) -> dict[str, float]:
 class Kit:
     "A training run of the kit at mini scale, as far as its steps"
 
-    def __init__(self, grad: str, folder: str, steps: int):
+    def __init__(self, grad: str, folder: str, steps: int, block: int = BLOCK, **settings):
         from sdsclip_nb.experiment import Experiment
-        from sdsclip_nb.training import Loop, build, fit_map, start
+        from sdsclip_nb.training import Loop, build, fit_map, run_folder, start
 
-        self.e = Experiment(grad=grad, out_dir=folder, steps=steps, map_steps=20)
+        small = dict(map_steps=20, trackers="none")
+        self.e = Experiment(grad=grad, out_dir=folder, steps=steps, **small | settings)
         self.parts = build(self.e)
-        self.e = self.parts.experiment
-        self.accelerator, run_folder, _ = start(self.e, self.parts)
+        self.e, self.block = self.parts.experiment, block
+        where = run_folder(self.e)
+        self.accelerator, _ = start(self.parts, where)
         fit_map(self.parts)
-        self.loop = Loop(self.parts, self.accelerator, run_folder)
+        self.loop = Loop(self.parts, self.accelerator, where)
         self.loop.module.train()
         self.batches = iter(self.loop.batches)
         self.number, self.last = 0, []
@@ -96,7 +101,7 @@ class Kit:
 
     def meet(self):
         "Encode the captions of the next steps, as if they had come before"
-        for captions in self.captions(self.number, BLOCK):
+        for captions in self.captions(self.number, self.block):
             self.parts.teacher.encode_captions(captions)
 
     def share_new(self) -> float:
@@ -109,7 +114,7 @@ class Kit:
     def steps(self):
         "As `Loop.run` takes them, losses fetched and logged at the end"
         self.last = []
-        for _ in range(BLOCK):
+        for _ in range(self.block):
             batch = next(self.batches)
             self.loop.advance(batch, self.number)
             self.last.append(batch)
@@ -163,9 +168,9 @@ def alone_and_whole(kit: Kit, blocks: int) -> dict[str, float]:
         for captions in ("new", "known"):
             if captions == "known":
                 kit.meet()
-            seconds[captions].append(seconds_of(kit.steps) / BLOCK)
+            seconds[captions].append(seconds_of(kit.steps) / kit.block)
             bare.prepare()
-            seconds["bare"].append(seconds_of(bare.steps) / BLOCK)
+            seconds["bare"].append(seconds_of(bare.steps) / kit.block)
         if k == 0:  # warm-up
             seconds = {name: [] for name in seconds}
     return {name: float(np.median(times)) for name, times in seconds.items()}
@@ -196,6 +201,174 @@ def efficiency(args) -> dict:
             rows.append(row(what + f"all captions {captions}", share))
     torch.set_num_threads(threads)
     return {"rows": rows, "details": details}
+
+
+def quarter_of_sd1(folder: Path) -> Path:
+    "Stable Diffusion v1-4's blocks with a quarter of their channels and random weights, saved"
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from sdsclip_nb.mini import mini_tokenizer
+    from sdsclip_nb.tiny_pipelines import tiny_pipeline
+
+    pipeline = tiny_pipeline("sd1")
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=64, in_channels=4, out_channels=4, block_out_channels=(80, 160, 320, 320),
+        layers_per_block=2, cross_attention_dim=192, attention_head_dim=8, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    pipeline.tokenizer = tokenizer = mini_tokenizer(context_length=77)
+    pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=77, hidden_size=192,
+        intermediate_size=768, num_hidden_layers=12, num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    pipeline.vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        latent_channels=4, sample_size=512, scaling_factor=0.18215)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def real_size_student(folder: Path) -> Path:
+    "ViT-B-32 as OpenAI's, with random weights, saved"
+    import open_clip
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_file
+
+    name = "ViT-B-32-quickgelu"
+    model = open_clip.create_model(name)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = open_clip.get_model_config(name)
+    save_config_for_hf(model, folder / "open_clip_config.json", model_config=config)
+    return folder
+
+
+def unet(args) -> dict:
+    """As `efficiency`, nearer to the paper's models: all cores, images prepared by workers.
+
+    Batches of 8, so that a block of two steps takes half a minute and not two."""
+    if not args.coco.is_dir():
+        return skipped("unet", f"{args.coco} is not there: give COCO's folder with --coco")
+    blocks, details, rows = 1 if args.quick else 3, {}, []
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        teacher, student = quarter_of_sd1(folder / "teacher"), real_size_student(folder / "student")
+        settings = dict(
+            scale="paper", arch=str(student), teacher=str(teacher), data="coco",
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            data_root=str(args.coco), on_error="skip", batch_size=8, precision="no", map_steps=2)
+        for grad in ("sds", "exact"):
+            steps = 4 * (blocks + 1)
+            kit = Kit(grad, f"{tmp}/{grad}", steps, block=2, **settings)
+            seconds = alone_and_whole(kit, blocks)
+            del kit
+            text = ", ".join(f"{k} {value:.2f} s" for k, value in seconds.items())
+            say(f"{grad}: {text}")
+            details[grad] = seconds
+            what = (f"share of a step that is student and teacher, {grad}, quarter of SD v1-4 on "
+                    f"COCO's files, {torch.get_num_threads()} threads")
+            rows.append(at_least(what, seconds["bare"] / seconds["new"], GOALS["efficiency"]))
+    return {"rows": rows, "details": details}
+
+
+class Option:
+    "A teacher's pass over latents, with the gradient in them, under one way of computing"
+
+    def __init__(self, teacher, batch: int):
+        draw = torch.Generator().manual_seed(0)
+        shape = (batch, *teacher.latent_shape)
+        self.teacher, self.device = teacher, teacher.device
+        self.noisy = torch.randn(shape, generator=draw).to(self.device)
+        self.drawn = torch.randint(20, 980, (batch,), generator=draw).to(self.device)
+        self.conditioning = teacher.encode_captions(["a red square left of a blue circle"] * batch)
+        self.gradient = None
+
+    def passes(self):
+        "Forward and backward to the latents"
+        latents = self.noisy.clone().requires_grad_()
+        predicted = self.teacher.predict(latents, self.drawn, self.conditioning)
+        self.gradient, = torch.autograd.grad(predicted.float().pow(2).mean(), latents)
+
+    def seconds(self, repeats: int) -> float:
+        "Median of one pass"
+        return float(np.median([seconds_of(self.passes) for _ in range(repeats)]))
+
+
+def option_rows(what: str, teacher, batch: int, repeats: int) -> tuple[list[dict], dict]:
+    "Each way against the plain one, in one run: times as fast, and how far the gradient moves"
+    ways = {"contiguous": {}, "channels_last": {}, "channels_last, compiled": {}}
+    if torch.cuda.is_available():
+        ways["channels_last, TF32"] = {}
+    reference, rows = None, []
+    for name, found in ways.items():
+        last = name != "contiguous"
+        layout = torch.channels_last if last else torch.contiguous_format
+        teacher.denoiser.to(memory_format=layout)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "TF32" in name
+        if "compiled" in name:
+            teacher.denoiser.compile()
+        option = Option(teacher, batch)
+        found["first"] = seconds_of(option.passes)  # with compiling
+        found["seconds"] = option.seconds(repeats)
+        teacher.denoiser._compiled_call_impl = None
+        reference = option.gradient if reference is None else reference
+        moved = (option.gradient - reference).abs().max() / reference.abs().max()
+        found["moved"] = moved.item()
+        say(f"{what}, {name}: {found}")
+        ratio = ways["contiguous"]["seconds"] / found["seconds"]
+        if name != "contiguous":
+            rows.append(row(f"times as fast as contiguous, {what}, {name}",
+                            f"{ratio:.2f}, gradient moves by {found['moved']:.0e}, "
+                            f"first pass {found['first']:.0f} s"))
+    return rows, ways
+
+
+def options(args) -> dict:
+    "What each way of computing brings, forward and backward through the frozen UNet"
+    from sdsclip_nb.teacher import load_teacher
+
+    repeats = 3 if args.quick else 9
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, details = option_rows("mini UNet, batch 32", load_teacher("mini", device), 32, repeats)
+    with tempfile.TemporaryDirectory() as tmp:
+        teacher = load_teacher(str(quarter_of_sd1(Path(tmp) / "teacher")), device)
+        more, details["quarter"] = option_rows(
+            "quarter of SD v1-4, batch 2", teacher, 2, max(2, repeats // 3))
+    fetched, details["fetching"] = fetching(args)
+    return {"rows": rows + more + fetched, "details": details}
+
+
+def fetching(args) -> tuple[list[dict], dict]:
+    "Captions kept, and losses fetched every ten steps, against each step anew; mini scale, sds"
+    blocks = 2 if args.quick else 4
+    with tempfile.TemporaryDirectory() as folder:
+        kit = Kit("sds", folder, 3 * (blocks + 1) * BLOCK)
+
+        def each_step():
+            kit.block = 1
+            for _ in range(BLOCK):
+                kit.steps()
+            kit.block = BLOCK
+
+        def anew():
+            kit.parts.teacher._conditioning.clear()
+            kit.steps()
+
+        met = {name: [] for name in ("captions anew", "captions kept", "fetched each step")}
+        for _ in range(blocks + 1):  # the first is warm-up
+            met["captions anew"].append(seconds_of(anew) / BLOCK)
+            kit.meet()
+            met["captions kept"].append(seconds_of(kit.steps) / BLOCK)
+            kit.meet()
+            met["fetched each step"].append(seconds_of(each_step) / BLOCK)
+    seconds = {name: float(np.median(times[1:])) for name, times in met.items()}
+    say(", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items()))
+    rows = [row(f"times as long as with captions kept, a mini step, {name}",
+                round(seconds[name] / seconds["captions kept"], 3))
+            for name in ("captions anew", "fetched each step")]
+    return rows, seconds
 
 
 class Plain:
@@ -425,8 +598,8 @@ def main_job(args) -> dict:
     return {"rows": rows, "details": {"seconds": seconds, "peak_memory_mb": peak}}
 
 
-PARTS = {"efficiency": efficiency, "plain": plain, "loading": loading, "scoring": scoring,
-         "memory": memory, "main": main_job}
+PARTS = {"efficiency": efficiency, "plain": plain, "unet": unet, "options": options,
+         "loading": loading, "scoring": scoring, "memory": memory, "main": main_job}
 
 
 def say(text: str):
