@@ -31,6 +31,7 @@ import psutil  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
+import sdsclip_nb.evaluate  # noqa: E402, F401  loaded once, not by every child
 from sdsclip_nb import checkpoints, training  # noqa: E402
 from sdsclip_nb.record import file_hash  # noqa: E402
 
@@ -146,6 +147,7 @@ def at_random(base: Path, wholes: dict, runs: int) -> str:
             taken_up += bool(resumed(folder))
         same(folder, whole)
         shutil.rmtree(folder)
+    assert taken_up, "no run went on from a checkpoint"
     moments = ", ".join(f"{name} {count}" for name, count in sorted(met.items()))
     return f"{runs} of {runs} equal; killed in: {moments}; {taken_up} went on from a checkpoint"
 
@@ -204,7 +206,9 @@ def in_gaps(base: Path, wholes: dict, some: int | None) -> str:
     "killed in every gap of writing a checkpoint and the result"
     settings, (whole, _) = dict(num_workers=0, eval_every=STEPS), wholes[0]
     report = base / "changes.txt"
-    start(base / "counted", settings, dying_at(-1, report)).join(WAIT)
+    counting = start(base / "counted", settings, dying_at(-1, report))
+    counting.join(WAIT)
+    assert counting.exitcode == 0, f"the run that counts ended with {counting.exitcode}"
     changes = int(report.read_text())
     places = range(changes)
     if some:
@@ -294,7 +298,7 @@ def snakemake(out: Path, *options: str) -> list[str]:
     target = f"{out}/runs/{RUN}/record.json"
     command = [sys.executable, "-m", "snakemake", target, "--cores", "1", "--quiet", "all"]
     config = ["--config", "steps=1500", f"out={out}", f"figures={out}/figures"]
-    return [*command, "--rerun-incomplete", "--nolock", *options, *config]
+    return [*command, "--rerun-incomplete", *options, *config]
 
 
 def by_snakemake(base: Path) -> str:
@@ -311,10 +315,14 @@ def by_snakemake(base: Path) -> str:
         process.kill()
         process.wait()
         orphan = trainings(folder)
+        refused = quiet(snakemake(out), cwd=ROOT)
+        assert refused.wait(WAIT) != 0, "snakemake's own lock is gone"
+        ended(quiet(snakemake(out, "--unlock"), cwd=ROOT))
         ended(quiet(snakemake(out), cwd=ROOT))
         waited += bool(orphan) and not psutil.pid_exists(orphan[0])
         same(folder, whole)
         shutil.rmtree(out)
+    assert waited, "no training was left behind to wait for"
     return f"3 of 3 equal; {waited} times the next run waited for the training left behind"
 
 
@@ -362,8 +370,8 @@ def main() -> int:
             with timed() as seconds:
                 try:
                     said, good = cases[name](), True
-                except AssertionError as error:
-                    said, good = str(error), False
+                except Exception as error:  # one case must not end the others
+                    said, good = f"{type(error).__name__}: {error}", False
             passed, failed = passed + good, failed + (not good)
             print(f"{'ok' if good else 'FAILED':6} {name} ({seconds():.0f} s): {said}", flush=True)
     print(f"{passed} passed, {failed} failed")
