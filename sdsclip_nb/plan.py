@@ -54,6 +54,12 @@ MAIN = {
 
 def _lambdas(values): return {f'sds-lambda-{value:g}': dict(lam=value) for value in values}
 
+def _rankings(name, **settings):
+    "The teacher's ranking of caption candidates, its placebo, and labels in its place."
+    controls = {'': 'none', '-permuted': 'permuted-rankings', '-labels': 'labels'}
+    return {f'{name}{ending}': dict(loss='clip+rank', control=control, **settings)
+            for ending, control in controls.items()}
+
 # %% ../nbs/06_plan.ipynb #dec811af
 VARIANTS = {  # scale -> training -> what it changes; the loss is clip+sds unless it says so
     'mini': {
@@ -68,6 +74,8 @@ VARIANTS = {  # scale -> training -> what it changes; the loss is clip+sds unles
         'sds-all': dict(trainable='all', lr=3e-4),
         'sds-visual': dict(trainable='norm-visual'),
         'hardneg': dict(loss='clip+hardneg'),
+        **_rankings('rank', n_pairs=4000, steps=1000),
+        **_rankings('rank-all', n_pairs=4000, steps=1000, trainable='all'),
         **_lambdas([1., 100., 300.])},
     'paper': {
         'sds-teacher-v': dict(teacher='sd-v2-1', students='wide'),
@@ -79,6 +87,8 @@ VARIANTS = {  # scale -> training -> what it changes; the loss is clip+sds unles
         'sds-all': dict(trainable='all', lr=5e-6),
         'sds-visual': dict(trainable='norm-visual'),
         'hardneg': dict(loss='clip+hardneg'),
+        **_rankings('rank'),
+        **_rankings('rank-all', trainable='all', lr=5e-6),
         **_lambdas([1e-4, 1e-2, 1e-1])}}
 
 # %% ../nbs/06_plan.ipynb #6caa1d3e
