@@ -39,6 +39,7 @@ LOSSES = {
         loss="clip+sds", grad="exact", weighting="one", lam=3.0, control="shuffled-captions"
     ),
     "hardneg": dict(loss="clip+hardneg"),
+    "rank": dict(loss="clip+rank", rank_timesteps=1),
 }
 
 
