@@ -34,7 +34,7 @@ unexport JUPYTER_PATH
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-browser site lab export notebooks readme pretrain reproduce bench clean
+.PHONY: help setup demo test test-gpu test-faults test-browser site lab export notebooks readme pretrain reproduce bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ test: $(STAMP) ## run every check; ends with "N passed, M failed" (ARGS="--only 
 test-gpu: $(STAMP) ## on a CUDA machine: the paper-scale job in three precisions on stand-ins, then the benchmarks
 	@$(BIN)/python tools/paper_train_test.py --device cuda $(ARGS)
 	@$(MAKE) --no-print-directory bench ARGS=
+
+test-faults: $(STAMP) ## full disks, lost images, killed workers, no memory, signals; then 2,000 steps (about 10 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/faults_test.py $(ARGS)
 
 test-browser: $(STAMP) ## run 03_train and explore in JupyterLab, and read the site, in a browser (apt install chromium)
 	$(BIN)/python tools/browser_test.py $(ARGS)

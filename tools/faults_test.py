@@ -4,7 +4,8 @@ Each run is a process of its own. A case fails unless the run ends with the righ
 one message, without a traceback, that says what happened, what is safe and how to go on, and the
 run after it ends equal to the bit. Disks are small file systems in memory, which only root can
 mount; without one those cases are skipped, and a limit on file sizes stands for them.
-`--short` leaves out what takes longer, `--long` adds 2,000 steps. Ends with `N passed, M failed`.
+The last case is a run of 2,000 steps, in which memory, open files and disk stay flat. `--short`
+runs what takes a minute. Ends with `N passed, M failed`.
 """
 
 import argparse
@@ -45,7 +46,10 @@ SETTINGS = dict(
     num_workers=0,
 )
 DISK_MB = 48
-LONG_STEPS, SETTLED = 2000, 400  # what grows until the second does not count
+MANY = 90  # steps of a run that something happens to from outside
+LONG_STEPS, SETTLED, SAMPLED = 2000, 500, 50  # what grows until the second does not count
+GROWTH_MB = dict(memory=32, disk=4)  # from then on, at most
+LONG_WAIT = 3000  # seconds
 SAY = "--say" in sys.argv  # show what every run said
 WAIT = 120  # seconds for a run to end
 
@@ -86,18 +90,18 @@ def in_process(output: Path, fault: Callable, words: list[str]) -> None:
 
 
 def run(root: Path, fault: Callable = lambda: None, poke: Callable = lambda process: None,
-        **settings) -> Ended:
+        wait: float = WAIT, **settings) -> Ended:
     "One run in `root`, with a fault from within or a poke from outside"
     output = root.parent / f"{root.name}.txt"
     words = options(SETTINGS | dict(data_root=root.parent / "pairs", out_dir=root) | settings)
     process = FORK.Process(target=in_process, args=(output, fault, words))
     process.start()
     poke(process)
-    process.join(WAIT)
+    process.join(wait)
     if process.exitcode is None:
         process.kill()
         process.join()
-        return Ended(-9, output.read_text() + f"\nTraceback: it hung for {WAIT} s")
+        return Ended(-9, output.read_text() + f"\nTraceback: it hung for {wait} s")
     if SAY:
         print(output.read_text())
     return Ended(process.exitcode, output.read_text())
@@ -417,6 +421,45 @@ def unequal(found: dict, plain: dict) -> list[str]:
     return [f"{name} is not equal to the bit" for name in plain if found.get(name) != plain[name]]
 
 
+def usage(root: Path) -> dict:
+    "Of this process, of those that load for it, and of the run's folder"
+    processes = [psutil.Process(), *psutil.Process().children()]
+    files = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
+    return dict(memory=sum(process.memory_info().rss for process in processes) / 1e6,
+                files=psutil.Process().num_fds(), disk=sum(files) / 1e6)
+
+
+def watched(root: Path, output: Path) -> Callable:
+    "Not a fault: what a run uses, at the start of every so many steps"
+    def install():
+        update, rows = training.Loop.update, []
+
+        def noting(self, batch, number):
+            if number % SAMPLED == 0:
+                rows.append(dict(step=number) | usage(root))
+                output.write_text(json.dumps(rows))
+            return update(self, batch, number)
+
+        training.Loop.update = noting
+
+    return install
+
+
+def test_long(bench: Bench) -> str:
+    "A run of 2,000 steps with a checkpoint every 100 and a loading process"
+    root, output = bench.folder / "long", bench.folder / "usage.json"
+    ended = run(root, watched(root, output), wait=LONG_WAIT, steps=LONG_STEPS, save_every=100,
+                num_workers=1)
+    assert ended.status == 0, ended.said[-2000:]
+    rows = [row for row in json.loads(output.read_text()) if row["step"] >= SETTLED]
+    growth = {name: max(row[name] for row in rows) - rows[0][name] for name in rows[0]}
+    text = (f"from step {SETTLED} to {LONG_STEPS}: memory of {rows[0]['memory']:.0f} MB grows by "
+            f"{growth['memory']:.1f} MB, disk of {rows[0]['disk']:.1f} MB by {growth['disk']:.2f} "
+            f"MB, {rows[0]['files']} open files by {growth['files']}")
+    assert growth["files"] == 0 and all(growth[name] <= GROWTH_MB[name] for name in GROWTH_MB), text
+    return text
+
+
 def command(*words, **env: str) -> Ended:
     "A command of this environment, in a process group of its own"
     done = subprocess.run(
@@ -424,6 +467,68 @@ def command(*words, **env: str) -> Ended:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )
     return Ended(done.returncode, done.stdout)
+
+
+def once_saved(root: Path, action: Callable) -> None:
+    "Something that happens from outside when a run has its first checkpoint"
+    while not list(root.glob("checkpoints/step-" + "[0-9]" * 8)):
+        time.sleep(0.02)
+    action()
+
+
+def poked(root: Path, action: Callable, words: list) -> Ended:
+    "A command of its own, and something that happens to it once it has saved"
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, cwd=ROOT,
+    )
+    threading.Thread(target=once_saved, args=(root, lambda: action(process)), daemon=True).start()
+    said, _ = process.communicate(timeout=LONG_WAIT)
+    return Ended(process.returncode, said)
+
+
+def compared(bench: Bench, root: Path, again: Ended) -> list[str]:
+    "What is wrong with a run of `MANY` steps that was started again"
+    if again.status:
+        return [f"the next run failed: {again.said[-600:]}"]
+    plain = bench.folder / "plain-many"
+    if not plain.exists():
+        run(plain, steps=MANY)
+    resumed = json.loads((root / "record.json").read_text())["made_by"].get("resumed_at_steps")
+    return unequal(results(root), results(plain)) + ["it did not go on"] * (not resumed)
+
+
+def test_command(bench: Bench, number: int) -> str:
+    "The command itself: a signal from outside, then the same command again"
+    root = bench.folder / f"command-{number}"
+    given = SETTINGS | dict(steps=MANY, data_root=bench.folder / "pairs", out_dir=root)
+    words = [sys.executable, "-m", "sdsclip_nb.training", *options(given)]
+    ended = poked(root, lambda process: os.killpg(process.pid, number), words)
+    wrong = problems(ended, 128 + number, [signal.Signals(number).name, "goes on from step"])
+    wrong += compared(bench, root, command(*words))
+    assert not wrong, wrong
+    return first_line(ended)
+
+
+def test_papermill(bench: Bench) -> str:
+    "The main job as a notebook: an image vanishes, and the notebook says so; then again"
+    root, pairs = bench.folder / "papermill", bench.folder / "pairs"
+    output = bench.folder / "out.ipynb"
+    given = SETTINGS | dict(steps=MANY, data_root=pairs, out_dir=root, benchmarks="none")
+    words = [BIN / "papermill", "nbs/03_train.ipynb", output]
+    words += [word for name, value in given.items() for word in ("-p", name, value)]
+    ended = poked(root, lambda process: hide(pairs)(), words)
+    unhide(pairs)
+    cells = json.loads(output.read_text())["cells"]
+    shown = [out for cell in cells for out in cell.get("outputs", [])
+             if out["output_type"] == "error"]
+    wrong = ["papermill says nothing of it"] * ("goes on from step" not in ended.said)
+    wrong += [f"exit status {ended.status}"] * (ended.status == 0)
+    wrong += ["the notebook does not show it"] * (
+        not shown or "goes on from step" not in shown[-1]["evalue"])
+    wrong += compared(bench, root, command(*words))
+    assert not wrong, f"{wrong} {ended.said[-600:] if wrong else ''}"
+    return f"{shown[-1]['ename']} in the notebook"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -529,7 +634,11 @@ CASES = {  # name -> (test, arguments, is it short?)
     "Ctrl-C, map": (test_early_signal, (signal.SIGINT,), False),
     "SIGTERM at any moment": (test_any_moment, (signal.SIGTERM, 6), False),
     "Ctrl-C at any moment": (test_any_moment, (signal.SIGINT, 6), False),
+    "SIGTERM, the command": (test_command, (signal.SIGTERM,), False),
+    "Ctrl-C, the command": (test_command, (signal.SIGINT,), False),
+    "image gone, papermill": (test_papermill, (), False),
     "interrupted download": (test_download, (), False),
+    "2,000 steps": (test_long, (), False),
 }
 
 
