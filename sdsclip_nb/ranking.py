@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -195,32 +196,39 @@ class _Scoring:
 
     def parts(self): return sorted(self.folder.glob(f'{self.key}.*.part'))
 
-    def blocks(self):
-        "Images of each block that this process has to score."
-        first = range(self.rank*BLOCK, len(self.lists), self.ranks*BLOCK)
-        blocks = [range(start, min(start + BLOCK, len(self.lists))) for start in first]
-        todo = self.scores.isnan().any(1)
-        return [[i for i in block if todo[i]] for block in blocks if todo[list(block)].any()]
+@patch
+def blocks(self:_Scoring):
+    "Images of each block that this process has to score."
+    first = range(self.rank*BLOCK, len(self.lists), self.ranks*BLOCK)
+    blocks = [range(start, min(start + BLOCK, len(self.lists))) for start in first]
+    todo = self.scores.isnan().any(1)
+    return [[i for i in block if todo[i]] for block in blocks if todo[list(block)].any()]
 
-    def put(self, block, values):
-        counts = [len(self.lists[i]) for i in block]
-        for i, row in zip(block, values.split(counts)): self.scores[i, :len(row)] = row
-        if time.time() - self.saved > SAVE_SECONDS: self.save()
+# %% ../nbs/02b2_ranking.ipynb #fdd41ced
+@patch
+def put(self:_Scoring, block, values):
+    "Take in the scores of a block's candidates, one after another."
+    counts = [len(self.lists[i]) for i in block]
+    for i, row in zip(block, values.split(counts)): self.scores[i, :len(row)] = row
+    if time.time() - self.saved > SAVE_SECONDS: self.save()
 
-    def save(self):
-        _write(self.own, self.scores)
-        self.saved = time.time()
+@patch
+def save(self:_Scoring):
+    _write(self.own, self.scores)
+    self.saved = time.time()
+
+@patch
+def together(self:_Scoring,
+             of_all, # scores of every process
+            ):       # (images, most candidates)
+    "The whole table, written by the first process."
+    for found in of_all: self.scores = torch.where(self.scores.isnan(), found, self.scores)
+    if self.rank == 0:
+        _write(self.whole, self.scores)
+        for path in self.parts(): path.unlink(missing_ok=True)
+    return self.scores
 
 # %% ../nbs/02b2_ranking.ipynb #872e4f1f
-def _together(scoring, of_all):
-    "The whole table: what the processes have scored, written by the first."
-    for found in of_all:
-        scoring.scores = torch.where(scoring.scores.isnan(), found, scoring.scores)
-    if scoring.rank == 0:
-        _write(scoring.whole, scoring.scores)
-        for path in scoring.parts(): path.unlink(missing_ok=True)
-    return scoring.scores
-
 def score_all(scoring:_Scoring,
               pairs:Pairs,
               score:Callable,         # images, ids, lists -> scores, as `block_scores`
@@ -243,7 +251,7 @@ def score_all(scoring:_Scoring,
         scoring.save()
         raise
     missing = any(gather(bool(total)))
-    return (_together(scoring, gather(scoring.scores)) if missing else scoring.scores), done
+    return (scoring.together(gather(scoring.scores)) if missing else scoring.scores), done
 
 # %% ../nbs/02b2_ranking.ipynb #72d0adc2
 TARGETS = {}  # control -> function: scores, temperature, rng -> targets, of the same shape
