@@ -9,7 +9,7 @@ __all__ = []
 import posixpath
 
 from .files import csv_rows, json_lines, read_text
-from .items import BadItem, DataError, listing, need, NoSplit
+from .items import BadItem, DataError, is_caption, listing, need, NoSplit
 from .sources import source, SPLITS
 
 # %% ../nbs/01a4_folders.ipynb #6a97bea0
@@ -25,7 +25,8 @@ def _split_folder(root, split):
     raise NoSplit(f'{root/split} is missing. {cure}; there are: {names}.')
 
 # %% ../nbs/01a4_folders.ipynb #97ce0dad
-_IMAGE, _CAPTION = ('file_name', 'image'), ('text', 'caption')  # columns of a table
+# Columns of a table; the first image column that is there counts.
+_IMAGE, _CAPTION = ('file_name', 'image', 'filename', 'filepath'), ('text', 'caption', 'captions')
 
 def _csv_rows(path):
     "(line number, row) of a CSV file; a comma too many belongs to a caption that stands last."
@@ -39,26 +40,37 @@ def _csv_rows(path):
             if rest: row[last] = ','.join([row[last], *rest])
             yield line, row
 
-_TABLES = {'metadata.jsonl': json_lines, 'metadata.csv': _csv_rows,
+_TABLES = {'metadata.jsonl': json_lines, 'captions.jsonl': json_lines, 'metadata.csv': _csv_rows,
            'captions.txt': _csv_rows, 'captions.csv': _csv_rows}  # the last two as in Flickr8k
 
 # %% ../nbs/01a4_folders.ipynb #5f4de7a3
-def _column(row, names):
-    "The name of the column that a row has of some, the first if it has none."
-    return next((name for name in names if isinstance(row, dict) and name in row), names[0])
+def _cells(row):
+    "The image's name and the list of captions in a row. Raises `BadItem`."
+    there = row if isinstance(row, dict) else ()
+    image = next((name for name in _IMAGE if name in there), _IMAGE[0])
+    texts = [name for name in _CAPTION if name in there]
+    if len(texts) > 1:
+        raise BadItem(f'it has captions under {" and ".join(texts)}. Keep one of them, as a list.')
+    name, text = need(row, **{image: str, (texts or _CAPTION)[0]: object})
+    return name, text if isinstance(text, list) else [text]
 
 def _table_rows(path, intake):
     "name -> (line number, captions): rows of one image are joined."
     joined = {}
     for k, row in _TABLES[path.name](path):
-        with intake.trying(f'{path.name}, line {k}'):
+        where = f'{path.name}, line {k}'
+        with intake.trying(where):
             if isinstance(row, BadItem): raise row
-            columns = _column(row, _IMAGE), _column(row, _CAPTION)
-            name, text = need(row, **dict(zip(columns, (str, object))))
+            name, texts = _cells(row)
             _, captions = joined.setdefault(name, (k, []))
-            captions += text if isinstance(text, list) else [text]
+            good = [text for text in texts if is_caption(text)]
+            captions += good
+            if bad := len(texts) - len(good):
+                raise BadItem(f'{name}: {bad} of {len(texts)} captions empty or not text. '
+                              'Fill in or remove them.')
     return joined
 
+# %% ../nbs/01a4_folders.ipynb #6840f9f1
 def _read_table(path, intake, files):
     "Take in the rows of a table beside the images, or beside their folder `Images`."
     try: joined = _table_rows(path, intake)
@@ -87,8 +99,11 @@ def _folder(root, split, intake, **_):
     "An image folder with a table of captions, or a .txt beside each image."
     part = _split_folder(root, split)
     files = listing(root, part)
-    for table in _TABLES:
-        if table in files.names: return _read_table(root/part/table, intake, files)
+    tables = [table for table in _TABLES if table in files.names]
+    if len(tables) > 1:
+        names = ' and '.join(tables)
+        raise DataError(f'{root/part} has {names}. Keep one table, with all captions.')
+    if tables: return _read_table(root/part/tables[0], intake, files)
     for name in sorted(name for name in files.names if name.lower().endswith(_IMAGES)):
         with intake.trying(name):
             intake.add(name, name, name, _caption_lines(root/part, name, files), files)

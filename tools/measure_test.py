@@ -49,12 +49,13 @@ def own_pairs(folder: Path) -> str:
     "one's own pairs, both ways, all captions of an image counted"
     from PIL import Image
 
-    pairs, lines = make_pairs(12), ["image,caption"]
+    pairs, lines = make_pairs(12), []
     (folder / "pairs" / "val").mkdir(parents=True)
     for number, (pixels, caption) in enumerate(zip(pairs.images, pairs.captions)):
         Image.fromarray(pixels).save(folder / "pairs" / "val" / f"{number}.png")
-        lines += [f"{number}.png,{caption}", f"{number}.png,an image of {caption}"]
-    (folder / "pairs" / "val" / "captions.csv").write_text("\n".join(lines) + "\n")
+        for text in (caption, f"an image of {caption}"):  # two rows an image
+            lines.append(json.dumps({"file_name": f"{number}.png", "text": text}))
+    (folder / "pairs" / "val" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     measure(folder, suites="retrieval", data="folder", data_root=folder / "pairs", split="val")
     _, metrics = result(folder)
     counts = metrics[metrics.tag == "all"].set_index("metric").n
@@ -62,6 +63,26 @@ def own_pairs(folder: Path) -> str:
     assert counts["R@10 text to image"] == 12 * CAPTIONS, counts
     said = measure(folder, 1, suites="retrieval", data_root=folder / "pairs", split="test")
     assert "test" in said, said[-500:]
+    return f"{counts['R@1']} images, {counts['R@1 text to image']} captions"
+
+
+def hub_pairs(folder: Path) -> str:
+    "pairs of a data set as the hub has them, its columns given after the place"
+    import datasets
+    from PIL import Image
+
+    pairs = make_pairs(12)
+    images = [Image.fromarray(pixels) for pixels in pairs.images]
+    titles = [[caption, f"an image of {caption}"] for caption in pairs.captions]
+    table = datasets.Dataset.from_dict({"photo": images, "title": titles})
+    datasets.DatasetDict(test=table).save_to_disk(folder / "saved")
+    given = {"suites": "retrieval", "data": "hub", "split": "test"}
+    measure(folder, data_root=f"{folder}/saved?caption=title", **given)
+    _, metrics = result(folder)
+    counts = metrics[metrics.tag == "all"].set_index("metric").n
+    assert counts["R@10 text to image"] == 12 * CAPTIONS, counts
+    said = measure(folder, 1, data_root=folder / "saved", **given)
+    assert "?caption=NAME" in said, said[-500:]
     return f"{counts['R@1']} images, {counts['R@1 text to image']} captions"
 
 
@@ -101,7 +122,7 @@ def a_sample(folder: Path) -> str:
 
 def main() -> int:
     "Run all; 0 if nothing failed"
-    failed, tests = 0, (own_pairs, recorded, a_sample)
+    failed, tests = 0, (own_pairs, hub_pairs, recorded, a_sample)
     for test in tests:
         with tempfile.TemporaryDirectory() as folder:
             try:
