@@ -68,6 +68,7 @@ def _image_features(pairs, student):
     numbers = ProgressBar(range(len(pairs)), 'images for nearest captions', delay=2, leave=False)
     return _unit_features(student.encode_image, prepare, list(numbers))
 
+# %% ../nbs/02b2_ranking.ipynb #d12d2495
 @candidates('nearest')
 def nearest_of(pairs, given, student):
     student.eval()
@@ -305,6 +306,7 @@ def ranking_key(e:Experiment, pairs:Pairs, lists:list, teacher) -> str: # 16 hex
         timesteps=ranking_timesteps(e.rank_timesteps).tolist(), seed=e.seed,
         precision=str(teacher.dtype), device=teacher.device.type), 16)
 
+# %% ../nbs/02b2_ranking.ipynb #cd436f9b
 def make_rankings(e:Experiment,
                   pairs:Pairs,
                   student,                   # a `Student`, before training
