@@ -231,8 +231,8 @@ LOADING_CLIP = '''
 ```python
 from transformers import CLIPModel, CLIPProcessor
 model = CLIPModel.from_pretrained('{place}')
-processor = CLIPProcessor.from_pretrained('{place}')  # resizes by torchvision: features to 1e-4
-# images exactly as in training: CLIPImageProcessorPil.from_pretrained('{place}')
+# backend='pil' resizes as in training: features to 1e-5. By torchvision, the default, to 1e-4
+processor = CLIPProcessor.from_pretrained('{place}', backend='pil')
 ```
 '''
 LIMITS = '''The student is a fine-tuned CLIP and keeps the biases and limits of its base model.
