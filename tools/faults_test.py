@@ -510,13 +510,31 @@ def test_command(bench: Bench, number: int) -> str:
     return first_line(ended)
 
 
+def main_job(bench: Bench, root: Path, output: Path) -> list:
+    "The words of the main job as a notebook"
+    given = SETTINGS | dict(steps=MANY, data_root=bench.folder / "pairs", out_dir=root,
+                            benchmarks="none")
+    options = [word for name, value in given.items() for word in ("-p", name, value)]
+    return [BIN / "papermill", "nbs/03_train.ipynb", output, *options]
+
+
+def test_papermill_signal(bench: Bench, number: int) -> str:
+    "A signal to papermill, which ends its kernel; then again"
+    root, output = bench.folder / f"papermill-{number}", bench.folder / f"out-{number}.ipynb"
+    words = main_job(bench, root, output)
+    ended = poked(root, lambda process: process.send_signal(number), words)
+    wrong = [f"exit status {ended.status}"] * (ended.status == 0)
+    wrong += compared(bench, root, command(*words))
+    assert not wrong, f"{wrong} {ended.said[-600:]}"
+    record = json.loads((root / "record.json").read_text())
+    return f"exit status {ended.status}, went on from {record['made_by']['resumed_at_steps']}"
+
+
 def test_papermill(bench: Bench) -> str:
     "The main job as a notebook: an image vanishes, and the notebook says so; then again"
     root, pairs = bench.folder / "papermill", bench.folder / "pairs"
     output = bench.folder / "out.ipynb"
-    given = SETTINGS | dict(steps=MANY, data_root=pairs, out_dir=root, benchmarks="none")
-    words = [BIN / "papermill", "nbs/03_train.ipynb", output]
-    words += [word for name, value in given.items() for word in ("-p", name, value)]
+    words = main_job(bench, root, output)
     ended = poked(root, lambda process: hide(pairs)(), words)
     unhide(pairs)
     cells = json.loads(output.read_text())["cells"]
@@ -637,6 +655,8 @@ CASES = {  # name -> (test, arguments, is it short?)
     "SIGTERM, the command": (test_command, (signal.SIGTERM,), False),
     "Ctrl-C, the command": (test_command, (signal.SIGINT,), False),
     "image gone, papermill": (test_papermill, (), False),
+    "SIGTERM, papermill": (test_papermill_signal, (signal.SIGTERM,), False),
+    "Ctrl-C, papermill": (test_papermill_signal, (signal.SIGINT,), False),
     "interrupted download": (test_download, (), False),
     "2,000 steps": (test_long, (), False),
 }
