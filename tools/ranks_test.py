@@ -15,12 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import open_clip
 import pandas as pd
 import torch
+from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file
 
 from sdsclip_nb.losses import clip_loss, hardneg_loss
-from sdsclip_nb.student import load_student
+from sdsclip_nb.student import load_student, save_student
 from sdsclip_nb.training import Loop, check_run, command_line, train
 
 BIN = Path(sys.executable).parent
@@ -40,6 +42,7 @@ LOSSES = {
     ),
     "hardneg": dict(loss="clip+hardneg"),
     "rank": dict(loss="clip+rank", rank_timesteps=1),
+    "sigmoid": dict(loss="clip"),  # of a student with SigLIP's bias
 }
 
 
@@ -53,6 +56,27 @@ def options(folder: Path, **settings) -> list[str]:
     "Settings as options of the command"
     given = {**SMALL, **settings, "out_dir": folder}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def sigmoid_student(folder: Path) -> Path:
+    "The mini ViT-B-32 with SigLIP's bias, made once: such a student trains by the sigmoid loss"
+    place = folder / "sigmoid-student"
+    if not place.exists():
+        student = load_student("ViT-B-32")
+        student.config = student.config | dict(init_logit_bias=-25.0)
+        model = open_clip.CLIP(**student.config)
+        lacking, _ = model.load_state_dict(student.model.state_dict(), strict=False)
+        assert lacking == ["logit_bias"], lacking
+        about = open_clip.get_model_preprocess_cfg(student.model)
+        set_model_preprocess_cfg(model, about)
+        student.model = model
+        save_student(student, place)
+    return place
+
+
+def settings_of(name: str, folder: Path) -> dict:
+    "Those of a loss, with its student"
+    return LOSSES[name] | (dict(arch=sigmoid_student(folder)) if name == "sigmoid" else {})
 
 
 def train_in(folder: Path, **settings) -> None:
@@ -117,9 +141,9 @@ def work(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     losses = gathered_losses(rank, ranks)
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
-    for name, settings in LOSSES.items():
+    for name in LOSSES:
         with watched(folder / f"{name}-taken-{rank}.json"):
-            train_in(folder / f"{name}-2", **settings)
+            train_in(folder / f"{name}-2", **settings_of(name, folder))
     with watched(folder / f"cut-taken-{rank}.json", cut=True):
         train_in(folder / "cut-2", eval_every=10)
     torch.distributed.barrier()
@@ -169,9 +193,10 @@ def same_losses(folder: Path) -> str:
 
 def same_weights(folder: Path, name: str) -> str:
     "two processes, and one in two parts, train as one process does"
-    train_in(folder / f"{name}-1", **LOSSES[name])
-    train_in(folder / f"{name}-parts", **LOSSES[name], accumulate=2)
-    untouched = load_student("ViT-B-32").model.state_dict()
+    settings = settings_of(name, folder)
+    train_in(folder / f"{name}-1", **settings)
+    train_in(folder / f"{name}-parts", **settings, accumulate=2)
+    untouched = load_student(str(settings.get("arch", "ViT-B-32"))).model.state_dict()
     trained = load_file(folder / f"{name}-1" / "student" / "open_clip_model.safetensors")
     moved = max((trained[key] - untouched[key]).abs().max().item() for key in trained)
     assert moved > LEAST_MOVE, f"the student moved by {moved:.0e} only"
@@ -265,6 +290,7 @@ def test(folder: Path) -> int:
     "Run the processes, then every claim; how many failed"
     torch.set_num_threads(1)
     start = time.time()
+    sigmoid_student(folder)  # before two processes ask for it
     done = run(*TORCHRUN, __file__, "--worker", folder)
     assert done.returncode == 0, f"two processes failed:\n{tail(done)}"
     print(f"two processes ran, {time.time() - start:.1f} s", flush=True)
