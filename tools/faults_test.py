@@ -510,6 +510,24 @@ def test_command(bench: Bench, number: int) -> str:
     return first_line(ended)
 
 
+def test_ranks(bench: Bench) -> str:
+    "SIGTERM to torchrun: two processes agree on the step and write one checkpoint"
+    root, plain = bench.folder / "ranks", bench.folder / "ranks-plain"
+    given = SETTINGS | dict(steps=MANY, data_root=bench.folder / "pairs")
+    words = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "-m", "sdsclip_nb.training",
+             *options(given), "--out_dir"]
+    ended = poked(root, lambda process: process.send_signal(signal.SIGTERM), [*words, root])
+    wrong = ["no message"] * ("Stopped by SIGTERM" not in ended.said)  # then torchrun's traceback
+    wrong += [f"exit status {ended.status}"] * (ended.status == 0)
+    for folder in (root, plain):
+        again = command(*words, folder)
+        assert again.status == 0, again.said[-600:]
+    wrong += unequal(results(root), results(plain))
+    assert not wrong, f"{wrong} {ended.said[-600:]}"
+    record = json.loads((root / "record.json").read_text())
+    return f"went on from {record['made_by']['resumed_at_steps']}"
+
+
 def main_job(bench: Bench, root: Path, output: Path) -> list:
     "The words of the main job as a notebook"
     given = SETTINGS | dict(steps=MANY, data_root=bench.folder / "pairs", out_dir=root,
@@ -657,6 +675,7 @@ CASES = {  # name -> (test, arguments, is it short?)
     "image gone, papermill": (test_papermill, (), False),
     "SIGTERM, papermill": (test_papermill_signal, (signal.SIGTERM,), False),
     "Ctrl-C, papermill": (test_papermill_signal, (signal.SIGINT,), False),
+    "SIGTERM, torchrun": (test_ranks, (), False),
     "interrupted download": (test_download, (), False),
     "2,000 steps": (test_long, (), False),
 }
