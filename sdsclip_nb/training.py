@@ -40,9 +40,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
-from sdsclip_nb.checkpoints import (
-    Checkpoint, FolderInUse, find_checkpoint, held, in_use, new_state, put_in_place, remove, sync,
-    write_checkpoint)
+from .checkpoints import (
+    BadCheckpoint, Checkpoint, FolderInUse, find_checkpoint, held, in_use, new_state,
+    put_in_place, remove, sync, write_checkpoint)
 from .cost import denoiser_config, fitting_chunk, memory_needs
 from .experiment import (
     RANDOM, Experiment, choice_problems, digest, from_root, nearest, run_name, setting_help,
@@ -653,8 +653,14 @@ class Loop:
 # %% ../nbs/02c_training.ipynb #f1b240dc
 @patch
 def take_up(self:Loop, checkpoint:Checkpoint):
-    "Go on from a checkpoint."
-    self.accelerator.load_state(str(checkpoint.path))
+    "Go on from a checkpoint. Raises `BadCheckpoint`."
+    try: self.accelerator.load_state(str(checkpoint.path))
+    except Exception as error:  # torch's, safetensors' or pickle's, by what is wrong
+        why = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
+        raise BadCheckpoint(
+            f'{checkpoint.path} is as it was written and cannot be loaded ({why}). It is of other '
+            'versions of the packages, or not of this kit: remove it, or give resume=False.'
+        ) from None
     self.done, self.history = checkpoint.step, checkpoint.history
     self.seconds_before, self.elapsed_before = checkpoint.seconds, checkpoint.elapsed
     self.resumed, self.kept = [*checkpoint.resumed, checkpoint.step], [checkpoint.path]
