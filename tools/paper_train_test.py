@@ -107,7 +107,7 @@ def stand_in_teacher(cache: Path) -> None:
     "Stable Diffusion v1-4 in diffusers' layout, with few channels and random weights"
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=4,
         latent_channels=4, sample_size=512, scaling_factor=0.18215,
     )  # fmt: skip
     tokenizer = mini_tokenizer(context_length=77)
