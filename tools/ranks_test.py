@@ -275,9 +275,22 @@ def as_documented(folder: Path) -> str:
     return "torchrun -m sdsclip_nb.training"
 
 
-def run(*command) -> subprocess.CompletedProcess:
-    "A command with one thread a process"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+def by_accelerate(folder: Path) -> str:
+    "`accelerate launch` starts two processes on CPUs with ACCELERATE_USE_CPU=1 and --multi_gpu"
+    made = folder / "accelerate"
+    words = "launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no"
+    command = (BIN / "accelerate", *words.split(), "--dynamo_backend=no")
+    given = options(made, steps=2, n_pairs=64, loss="clip")
+    done = run(*command, "-m", "sdsclip_nb.training", *given, ACCELERATE_USE_CPU="1")
+    assert done.returncode == 0, tail(done)
+    processes = read(made / "record.json")["made_by"]["processes"]
+    assert processes == 2, f"the record says {processes} processes"
+    return "accelerate launch, two processes"
+
+
+def run(*command, **variables) -> subprocess.CompletedProcess:
+    "A command with one thread a process, and further variables of the environment"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **variables}
     return subprocess.run([str(word) for word in command], env=env, text=True, capture_output=True)
 
 
@@ -296,7 +309,8 @@ def test(folder: Path) -> int:
     print(f"two processes ran, {time.time() - start:.1f} s", flush=True)
     claims = {f"same weights, {name}": lambda name=name: same_weights(folder, name)
               for name in LOSSES}  # fmt: skip
-    for claim in (same_losses, each_pair_once, one_writer, cut_and_resumed, as_documented):
+    others = (same_losses, each_pair_once, one_writer, cut_and_resumed)
+    for claim in (*others, as_documented, by_accelerate):
         claims[claim.__name__.replace("_", " ")] = lambda claim=claim: claim(folder)
     failed = 0
     for name, claim in claims.items():
