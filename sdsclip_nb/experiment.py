@@ -227,7 +227,7 @@ def choice_problems(e:Experiment) -> dict: # setting -> one line that says what 
             out[setting] = (f'{given}: {name!r} is unknown.{nearest(name, entries)} '
                             f'Choose from {", ".join(entries)}.')
         if len(set(names)) < len(names):
-            out[setting] = f'{given}: a term stands twice. Name each once.'
+            out[setting] = f'{given}: a name stands twice. Give each once.'
     return out
 
 # %% ../nbs/00_experiment.ipynb #097ea261

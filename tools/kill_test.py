@@ -232,9 +232,13 @@ def in_gaps(base: Path, wholes: dict, some: int | None) -> str:
 
 # By papermill and Snakemake --------------------------------------------------------------------
 
+NOTEBOOK = dict(steps=200, save_every=10)  # a kernel sees late that papermill is gone
+
+
 def papermill(folder: Path) -> list[str]:
     "The main job, small"
-    given = SETTINGS | dict(out_dir=folder, benchmarks="none", num_workers=0, progress=False)
+    given = SETTINGS | NOTEBOOK
+    given |= dict(out_dir=folder, benchmarks="none", num_workers=0, progress=False)
     words = [word for k, v in given.items() for word in ("-p", k, str(v))]
     notebook = ROOT / "nbs" / "03_train.ipynb"
     command = [BIN / "papermill", "--no-progress-bar", notebook, f"{folder}.ipynb", *words]
@@ -277,7 +281,7 @@ def trainings(folder: Path) -> list:
 def by_papermill(base: Path) -> str:
     "papermill killed while its kernel trains"
     ended(quiet(papermill(base / "notebook")))
-    for step in (EVERY, 2 * EVERY, 3 * EVERY):
+    for step in (10, 50, 90):
         folder = base / f"notebook-{step}"
         process = quiet(papermill(folder))
         until((folder / "checkpoints" / f"step-{step:08}").exists, f"step {step}")
