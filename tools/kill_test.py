@@ -301,7 +301,7 @@ def snakemake(out: Path, *options: str) -> list[str]:
     "One training of the graph"
     target = f"{out}/runs/{RUN}/record.json"
     command = [sys.executable, "-m", "snakemake", target, "--cores", "1", "--quiet", "all"]
-    config = ["--config", "steps=1500", f"out={out}", f"figures={out}/figures"]
+    config = ["--config", "steps=400", f"out={out}", f"figures={out}/figures"]
     return [*command, "--rerun-incomplete", *options, *config]
 
 
