@@ -725,8 +725,8 @@ def parse_args() -> argparse.Namespace:
         "may be repeated",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, choices=[1, 2],
-        help="notebooks tested at the same time (default 1)",
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), choices=[1, 2],
+        help="notebooks tested at the same time, with one thread each (default: 2)",
     )
     return parser.parse_args()
 
@@ -735,6 +735,8 @@ def main() -> int:
     args = parse_args()
     checks, books = select(args.only)
     results = [report(name, CHECKS[name]) for name in checks]
+    if args.jobs > 1:  # two processes with two threads each on two cores wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(args.jobs) as pool:
         results += pool.map(test, books)
     if not results:
