@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDENTS', 'TEACHERS', 'RANDOM', 'TEACHER_FILES', 'SCALES', 'REGISTRIES', 'LONGEST', 'FileName', 'SEVERAL',
            'NOT_NUMBERS', 'repo_root', 'from_root', 'data_folder', 'registry', 'nearest', 'MethodSettings',
-           'TrainingSettings', 'Experiment', 'setting_problems', 'chosen', 'choice_problems', 'make_experiment',
-           'setting_help', 'parameters_source', 'digest', 'settings_digest', 'run_name']
+           'TrainingSettings', 'WeightSettings', 'Experiment', 'setting_problems', 'chosen', 'choice_problems',
+           'make_experiment', 'setting_help', 'parameters_source', 'digest', 'settings_digest', 'run_name']
 
 # %% ../nbs/00_experiment.ipynb #06bbc665
 import hashlib
@@ -57,11 +57,12 @@ TEACHER_FILES = ('model_index.json', 'unet/config.json')  # of a whole pipeline,
 # %% ../nbs/00_experiment.ipynb #1d0bcb6c
 SCALES = {
     'mini': dict(
-        teacher='mini', data='mini', n_pairs=10_000, lam=10., grad='sds', weighting='sigma2',
-        lr=3e-3, map_lr=3e-3, warmup=.1, steps=500, map_steps=300, precision='no', eval_every=0),
+        teacher='mini', data='mini', n_pairs=10_000, lam=10., regress_weight=1.,
+        grad='sds', weighting='sigma2', lr=3e-3, map_lr=3e-3, warmup=.1, steps=500,
+        map_steps=300, precision='no', eval_every=0),
     'paper': dict(
-        teacher='sd-v1-4', data='coco', n_pairs=None, lam=.001, grad='exact', weighting='one',
-        lr=5e-5, map_lr=5e-5, warmup=.02,
+        teacher='sd-v1-4', data='coco', n_pairs=None, lam=.001, regress_weight=1e-4,
+        grad='exact', weighting='one', lr=5e-5, map_lr=5e-5, warmup=.02,
         steps=18_485,  # 5 epochs of COCO's 118,287 images in batches of 32
         map_steps=1000, precision='auto', eval_every=1000),
 }
@@ -109,6 +110,7 @@ class MethodSettings(BaseModel):
         None, description='diffusion model: a name, a folder or a hub id')
     lam: float|None = Field(None, ge=0, description='lambda, the weight of L_SDS')
     hardneg_weight: float = Field(1., ge=0, description='weight of hardneg')
+    regress_weight: float|None = Field(None, ge=0, description='weight of regress')
     rank_weight: float = Field(1., ge=0, description='weight of rank')
     rank_candidates: str = Field(
         'exchanges+paraphrases', description='captions that rank compares, joined by +')
@@ -160,8 +162,19 @@ class TrainingSettings(MethodSettings):
         if 0 <= value[0] <= value[1] <= 999: return value
         raise ValueError('give first,last with 0 <= first <= last <= 999')
 
+# %% ../nbs/00_experiment.ipynb #baddcb64
+class WeightSettings(TrainingSettings):
+    "The size of what is trained, and which weights are saved."
+    lora_rank: int = Field(
+        8, ge=1, le=1024, description='rank of the adapters that trainable=lora trains')
+    keep_best: str = Field(
+        'none', description='metric by which the best evaluated step is saved, not the last')
+    average: float = Field(
+        1., ge=0, le=1,
+        description='share of the trained weights in the saved student, the rest untouched ones')
+
 # %% ../nbs/00_experiment.ipynb #19c93e27
-class Experiment(TrainingSettings):
+class Experiment(WeightSettings):
     "Settings of one training run. None means the scale's default (`SCALES`)."
     data: str|None = Field(None, description='source of the training pairs')
     data_root: FileName|None = Field(None, description='folder of the pairs. None: data/<data>')
@@ -290,7 +303,8 @@ def settings_digest(e:Experiment,
                     length:int=16, # hexadecimal digits
                    ) -> str:
     "A hash of the settings that decide the numbers."
-    return digest(e.model_dump(exclude=NOT_NUMBERS), length)
+    left_out = NOT_NUMBERS if e.keep_best == 'none' else NOT_NUMBERS - {'eval_every'}
+    return digest(e.model_dump(exclude=left_out), length)
 
 def run_name(e:Experiment) -> str:
     "Readable, and with a hash of all settings that decide the numbers."
