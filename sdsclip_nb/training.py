@@ -8,9 +8,9 @@ __all__ = ['TRACKERS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_trackers', 'find_prob
            'features_and_latents', 'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step',
            'split_batch', 'random_state', 'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss',
            'check_finite', 'checkpoints_of', 'save_state', 'run_digest', 'checkpoint_of', 'make_optimizer',
-           'pairs_suite', 'validation_suites', 'validate', 'Run', 'make_accelerator', 'start', 'Loop', 'share_weights',
-           'train', 'take_rankings', 'train_in', 'check_weights', 'save_run', 'of_end', 'finish', 'command_line',
-           'main', 'show_curves']
+           'pairs_suite', 'validation_suites', 'Run', 'make_accelerator', 'start', 'Loop', 'share_weights', 'train',
+           'take_rankings', 'settle_weights', 'train_in', 'check_weights', 'save_run', 'of_end', 'of_best', 'finish',
+           'command_line', 'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
@@ -59,6 +59,7 @@ from .student import (
     count_parameters, load_student, make_map, missing_student, save_student, student_hash,
     student_latents, student_source)
 from .teacher import Teacher, load_teacher, missing_teacher, teacher_hash, teacher_source
+from .weights import Best, average_weights, validate
 
 # %% ../nbs/02c_training.ipynb #4576316d
 def _error_of(check, *args) -> str:
@@ -96,6 +97,19 @@ def _rank_problems(e:Experiment) -> dict:
         out['device'] = f'device={e.device!r}: each of {ranks} processes takes its own; give cuda.'
     return out
 
+# %% ../nbs/02c_training.ipynb #b92a2075
+def _best_problems(e:Experiment) -> dict:
+    "A best step is asked for where none can be told."
+    given = f'keep_best={e.keep_best!r}: '
+    if e.keep_best == 'none': return {}
+    if not 0 < e.eval_every < e.steps:
+        return dict(keep_best=f'{given}it chooses among the evaluations in mid-run. Give '
+                              f'eval_every from 1 to {e.steps - 1}, or keep_best=none.')
+    if PAIRS[e.data].has_folder and e.keep_best != 'R@1':
+        return dict(keep_best=f'{given}with data={e.data!r} the evaluation in mid-run is retrieval '
+                              'on its validation split. Give R@1, or none.')
+    return {}
+
 # %% ../nbs/02c_training.ipynb #4bdefd65
 TRACKERS = ('tensorboard', 'wandb', 'trackio')  # accelerate's names, and the packages'
 
@@ -125,7 +139,7 @@ def find_problems(settings:dict # name -> value, as given
     problems |= choice_problems(e)
     e = _without(given, problems)  # a wrong choice must not hide what else is wrong
     problems |= _folder_problems(e) | _rank_problems(e) | _tracker_problems(e)
-    problems |= ranking_problems(e)
+    problems |= ranking_problems(e) | _best_problems(e)
     checks = dict(arch=(student_source, e.arch, e.scale, e.pretrained),
                   device=(pick_device, e.device))
     if 'teacher' in needs_of(e): checks['teacher'] = (teacher_source, _plain(e.teacher))
@@ -292,13 +306,13 @@ def _build(e, device):
     set_seed(e.seed)
     needs = needs_of(e)
     student = load_student(e.arch, e.scale, e.pretrained, device)
+    student.set_trainable(e.trainable, e.lora_rank)  # adapters are drawn before the latent map
     pairs = training_pairs(e)
     teacher = latent_map = None
     if 'teacher' in needs:
         teacher = load_teacher(e.teacher, device, precision_dtype(e.precision))
         teacher.set_checkpointing(e.checkpointing)
     if 'latent_map' in needs: latent_map = make_map(e.latent_map, student, teacher.latent_shape)
-    student.set_trainable(e.trainable)
     rank, ranks, _ = process_rank()
     return Parts(e, needs, device, Distillation(student, latent_map), teacher, pairs,
                  e.teacher_batch_size or _fitting(e, device, ranks), rank, ranks,
@@ -571,14 +585,6 @@ def validation_suites(e:Experiment) -> list: # of Suite
     suite = pairs_suite(e)
     return [] if suite is None else [suite]
 
-# %% ../nbs/02c_training.ipynb #a271381d
-def validate(student, suites:list) -> dict: # 'SUITE METRIC' -> value
-    "The headline metrics of some suites, over all items."
-    from sdsclip_nb.evaluate import evaluate
-    table = evaluate(student, suites, split='val').metrics().query('tag == "all"')
-    headline = table[table.metric.isin(['R@1', 'text', 'image', 'group'])]
-    return {f'{row.suite} {row.metric}': row.value for row in headline.itertuples()}
-
 # %% ../nbs/02c_training.ipynb #ceb9c583
 @dataclass
 class Run:
@@ -646,15 +652,21 @@ class Loop:
         self.record, self.map_error = record, map_error
         self.unsettled = []  # (row of the history, its batch) whose values are still tensors
         self.here = None  # a `Situation`: signals that ask to stop are found there
+        self.best = None if self.e.keep_best == 'none' else Best(self.e.keep_best)
         if checkpoint: self.take_up(checkpoint)
         self.batches = self.make_batches()
         self.suites = validation_suites(self.e) if self.e.eval_every and self.first else []
+        if self.best and self.first and not self.suites:
+            raise DataError(f'keep_best={self.e.keep_best!r}: there is no validation split to '
+                            'evaluate on. Give pairs that have one, or keep_best=none.')
 
 # %% ../nbs/02c_training.ipynb #f1b240dc
 @patch
 def take_up(self:Loop, checkpoint:Checkpoint):
     "Go on from a checkpoint. Raises `BadCheckpoint`."
-    try: self.accelerator.load_state(str(checkpoint.path))
+    try:
+        self.accelerator.load_state(str(checkpoint.path))
+        if self.best: self.best.load(checkpoint.path)
     except Exception as error:  # torch's, safetensors' or pickle's, by what is wrong
         why = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
         raise BadCheckpoint(
@@ -784,6 +796,7 @@ def evaluate_now(self:Loop):
     metrics = validate(self.parts.student, self.suites)
     self.module.train()
     self.history[-1] |= metrics
+    if self.best: self.best.see(self.parts.module, len(self.history), metrics)
     self.accelerator.log(metrics, step=self.history[-1]['step'])
 
 # %% ../nbs/02c_training.ipynb #12574939
@@ -797,6 +810,7 @@ def save(self:Loop, seconds:float): # of training so far
     "Write a checkpoint."
     state = save_state(self.accelerator, self.folder)
     if not self.first: return
+    if self.best: self.best.save(state)
     here = Checkpoint(None, len(self.history), self.history,
                       run_digest(self.e, self.record.inputs), seconds, self.elapsed(),
                       self.map_error, self.resumed)
@@ -882,6 +896,17 @@ def take_rankings(parts:Parts, record:Record):
     record.inputs['rankings'] = parts.rankings.key
     record.made_by['teacher_evaluations_before_training'] = parts.rankings.calls
 
+# %% ../nbs/02c_training.ipynb #076611fa
+def settle_weights(loop):
+    "Turn the trained student into the one that is saved."
+    e, parts = loop.e, loop.parts
+    if loop.best:
+        if loop.first: loop.best.restore(parts.module)
+        share_weights(parts)  # the first process alone evaluates
+    parts.student.merge_adapters()
+    if e.average < 1:
+        average_weights(parts.student, load_student(e.arch, e.scale, e.pretrained), e.average)
+
 # %% ../nbs/02c_training.ipynb #82920445
 def train_in(folder:Path,   # of the run, which no other process uses
              parts:Parts,
@@ -903,6 +928,7 @@ def train_in(folder:Path,   # of the run, which no other process uses
     loop.here = here
     with here.stop.kept():  # a signal, until the step is done or the result is written
         seconds = loop.run(progress)
+        settle_weights(loop)
         parts.student.eval()
         if watch: seen['after the run'] = seen_by_teacher(parts, watch)
         history = pd.DataFrame(loop.history)
@@ -952,6 +978,11 @@ def of_end(loop:Loop, history:pd.DataFrame) -> dict: # for the record; empty if 
     if said: print(said)
     return dict(nothing_learnt=said) if said else {}
 
+# %% ../nbs/02c_training.ipynb #1d3d41a9
+def of_best(loop:Loop) -> dict: # for the record; empty if the last step's weights are saved
+    "Which step was best, and by which value."
+    return dict(best_step=loop.best.step, best_value=loop.best.value) if loop.best else {}
+
 # %% ../nbs/02c_training.ipynb #9e55eac2
 def finish(loop:Loop,
            history:pd.DataFrame, # a row for each step
@@ -963,7 +994,7 @@ def finish(loop:Loop,
     if loop.resumed: loop.record.made_by['resumed_at_steps'] = loop.resumed
     record = loop.record.finish(
         training_seconds=round(seconds, 1), map_error=loop.map_error, **values,
-        captions_cut=loop.parts.captions_cut, **of_end(loop, history))
+        captions_cut=loop.parts.captions_cut, **of_best(loop), **of_end(loop, history))
     record.seconds = round(loop.elapsed(), 1)  # of all parts of a run that was taken up again
     return record
 
