@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'UNREADABLE', 'PROGRESS', 'LOCK', 'HOLDER', 'LINGER', 'sync', 'write_synced', 'seal', 'damage',
-           'Checkpoint', 'BadCheckpoint', 'read_checkpoint', 'remove', 'put_in_place', 'write_checkpoint', 'new_state',
-           'find_checkpoint', 'FolderInUse', 'is_alive', 'in_use', 'held']
+           'Checkpoint', 'read_checkpoint', 'remove', 'put_in_place', 'write_checkpoint', 'new_state',
+           'find_checkpoint', 'loading_problem', 'check_shapes', 'FolderInUse', 'is_alive', 'in_use', 'held']
 
 # %% ../nbs/02b3_checkpoints.ipynb #020073b7
 import json
@@ -13,12 +13,15 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from accelerate.utils import load
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 
 from .record import file_hash
 
@@ -91,9 +94,6 @@ class Checkpoint:
         return json.dumps({k: v for k, v in self.__dict__.items() if k != 'path'})
 
 # %% ../nbs/02b3_checkpoints.ipynb #7a95837d
-class BadCheckpoint(RuntimeError):
-    "A checkpoint that is as it was written and cannot be loaded."
-
 def read_checkpoint(path:Path # a folder
                    ) -> tuple: # Checkpoint or None, and what is wrong with it
     "A checkpoint, if all of it is as it was written."
@@ -156,18 +156,50 @@ def new_state(folder:Path # of all checkpoints of the run
 def find_checkpoint(folder:Path,      # of all checkpoints of the run
                     settings:str,     # digest of those that decide the numbers
                     resume:bool=True, # False: take none
+                    refusal:Callable=lambda path: '', # why a whole one cannot be loaded, or ''
                    ) -> Checkpoint|None: # None for a fresh start
     "The checkpoint to go on from. One that is passed over is named, with the reason."
     found = None
     for path in _there(folder):
         checkpoint, problem = read_checkpoint(path) if resume else (None, 'resume=False')
         if checkpoint and checkpoint.settings != settings: problem = 'other settings or data'
+        problem = problem or refusal(path)
         if not problem:
             found = checkpoint
             break
         print(f'{path} is not taken up ({problem}).')
     if found is None and _there(folder): print('The run starts afresh and replaces it.')
     return found
+
+# %% ../nbs/02b3_checkpoints.ipynb #3300f676
+def _content(file):
+    "Of weights the names and shapes, else what torch makes of a file."
+    if file.suffix != '.safetensors': return load(file, map_location='cpu')
+    with safe_open(file, 'pt') as saved:
+        return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}
+
+def loading_problem(path:Path, # of a checkpoint that is whole
+                    into:dict, # name of a file -> called with what it holds; raises to refuse it
+                   ) -> str:   # '' if there is none
+    "Which file of a checkpoint cannot be loaded, and why."
+    for name, file in _files(path).items():
+        if file.suffix == '.json': continue  # `read_checkpoint` has looked into it
+        try: into.get(name, lambda content: None)(_content(file))
+        except Exception as error:  # torch's, safetensors' or pickle's, by what is wrong
+            said = str(error).split('\n')[0].split('. ')[0]
+            return f'{name} cannot be loaded: {type(error).__name__}, {said}'
+    return ''
+
+# %% ../nbs/02b3_checkpoints.ipynb #8b2f32a7
+def check_shapes(weights:dict, # name -> tensor, of the run
+                 found:dict,   # name -> shape, of a file
+                ):
+    "Raise `ValueError` unless a file has the run's weights. Of tensors that are tied one is saved."
+    odd = [name for name, shape in found.items()
+           if name not in weights or weights[name].shape != shape]
+    there = {weights[name].data_ptr() for name in found if name in weights}
+    lost = [name for name, tensor in weights.items() if tensor.data_ptr() not in there]
+    if odd or lost: raise ValueError(f'{(odd or lost)[0]} is not as in this run')
 
 # %% ../nbs/02b3_checkpoints.ipynb #a1bcc0ce
 LOCK, HOLDER = '.lock', '.holder.json'

@@ -177,7 +177,9 @@ class WeightSettings(TrainingSettings):
 class Experiment(WeightSettings):
     "Settings of one training run. None means the scale's default (`SCALES`)."
     data: str|None = Field(None, description='source of the training pairs')
-    data_root: FileName|None = Field(None, description='folder of the pairs. None: data/<data>')
+    data_root: FileName|None = Field(
+        None, description='folder of the pairs; for hub an id, OWNER/NAME?caption=COLUMN. '
+                          'None: data/<data>')
     n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
     on_error: Literal['raise', 'skip'] = Field('raise', description='at a bad image')
     follow_links: bool = Field(False, description='may links lead out of the folder of the pairs')

@@ -6,7 +6,7 @@
 __all__ = ['NOT_WRITTEN', 'NETWORK', 'AGAIN', 'DEFAULTS', 'RunStopped', 'NotWritten', 'NoMemory', 'ImageLost', 'WorkerLost',
            'DownloadLost', 'Interrupted', 'origins', 'last_words', 'write_problem', 'memory_problem', 'worker_problem',
            'download_problem', 'fitting_sizes', 'SignalReceived', 'safe_checkpoint', 'Situation', 'memory_cure',
-           'explain', 'Stop', 'listening', 'outlive', 'said_once', 'explained']
+           'explain', 'bytes_written', 'check_room', 'Stop', 'listening', 'outlive', 'said_once', 'explained']
 
 # %% ../nbs/02b5_faults.ipynb #e533e6de
 import errno
@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from .checkpoints import Checkpoint, read_checkpoint
 from .cost import memory_needs
-from .experiment import Experiment
+from .experiment import Experiment, chosen, from_root
 from .losses import needs_of
 from .pairs import DataError
 from .record import folder_problem
@@ -162,11 +163,13 @@ class SignalReceived(KeyboardInterrupt):
 
 def safe_checkpoint(folder:Path|None, # of all checkpoints of the run; None: not known yet
                     settings:str|None=None, # digest, as in `Checkpoint`; None: any
+                    refusal:Callable=lambda path: '', # as in `find_checkpoint`
                    ) -> Checkpoint|None:
-    "The newest checkpoint that is whole and of these settings."
+    "The newest checkpoint that is whole, of these settings, and not refused."
     places = sorted(folder.glob('step-*'), reverse=True) if folder else []
     whole = (read_checkpoint(path)[0] for path in places if path.suffix == '')
-    return next((c for c in whole if c and settings in (None, c.settings)), None)
+    ours = (c for c in whole if c and settings in (None, c.settings))
+    return next((c for c in ours if not refusal(c.path)), None)
 
 # %% ../nbs/02b5_faults.ipynb #05f5ffa9
 @dataclass
@@ -178,11 +181,13 @@ class Situation:
     folder:Path|None=None # of the run, once it is known
     settings:str|None=None # digest of those that decide the numbers, once it is known
     finished:bool=False  # is the whole result written?
+    refusal:Callable=lambda path: '' # why a whole checkpoint cannot be loaded, once it is known
 
     def safe(self) -> tuple: # text, and step or None
         "What of the run is on disk."
         if self.finished: return f'the whole result, in {self.folder}', self.e.steps
-        found = safe_checkpoint(self.folder and self.folder/'checkpoints', self.settings)
+        inside = self.folder and self.folder/'checkpoints'
+        found = safe_checkpoint(inside, self.settings, self.refusal)
         if found: return f'the checkpoint of step {found.step}, {found.path}', found.step
         return 'nothing of this run yet; nothing of an earlier one is lost', None
 
@@ -263,6 +268,51 @@ def explain(error:BaseException,
     if said := worker_problem(error): return _of_worker(said, here)
     if said := download_problem(error): return _of_download(said, here)
     return None
+
+# %% ../nbs/02b5_faults.ipynb #24bb3866
+def _bytes(tensors): return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+def bytes_written(parts) -> dict: # what -> bytes, on the disk at the same time
+    "The least that a run writes, at its fullest."
+    e, module = parts.experiment, parts.module
+    result = _bytes(module.state_dict().values())
+    checkpoint = result + 2*_bytes(p for p in module.parameters() if p.requires_grad)
+    saved = (e.steps - 1)//e.save_every if e.save_every else 0
+    out = dict(checkpoints=min(saved, 2)*checkpoint,
+               beside=checkpoint if saved > 2 else result)  # while it is written
+    if 'candidates' in parts.needs:  # a score for each candidate, of which there are two or more
+        out['rankings'] = 4*len(parts.pairs)*(1 + len(chosen(e, 'rank_candidates')))
+    return out
+
+# %% ../nbs/02b5_faults.ipynb #e090ed8d
+def _there(folder):
+    "The folder, or the nearest above it that is there."
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+def _room(folder):
+    "Bytes that a run may fill; None where the file system does not say."
+    disk = shutil.disk_usage(_there(folder))
+    if not disk.total: return None
+    earlier = (path for path in (folder/'checkpoints').rglob('*') if path.is_file())
+    return disk.free + sum(path.stat().st_size for path in earlier)
+
+def _same_disk(*folders): return len({_there(folder).stat().st_dev for folder in folders}) == 1
+
+# %% ../nbs/02b5_faults.ipynb #1516c19d
+def check_room(parts,         # of the run
+               here:Situation, # with its folder
+              ):
+    "Raise `NotWritten` where the disk of a run's folder has less room than the run needs."
+    if parts.rank: return  # the first process writes
+    needed, room = bytes_written(parts), _room(here.folder)
+    if not _same_disk(here.folder, from_root('out/rankings')): needed.pop('rankings', None)
+    least = sum(needed.values())
+    if room is None or room >= least: return
+    said = ', '.join(f'{name} {size/1e6:.1f}' for name, size in needed.items() if size)
+    what = (f'out_dir={str(here.folder)!r}: {room/1e6:.1f} MB are free on its disk, and the run '
+            f'writes at least {least/1e6:.1f} MB ({said})')
+    other = 'give out_dir on another disk, or save_every=0, which writes no checkpoints'
+    raise _told(NotWritten, what, here, 'make room on the disk', other)
 
 # %% ../nbs/02b5_faults.ipynb #55a88b8b
 AGAIN = 2  # seconds after which a second Ctrl-C is meant as one: torchrun passes the first on

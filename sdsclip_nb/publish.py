@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'RENAMED', 'IN_BLOCK', 'PRIVATE', 'CITATION', 'LOADING', 'LOADING_CLIP', 'LIMITS', 'to_transformers',
-           'save_transformers', 'escape', 'model_card', 'check_hub_id', 'prepare', 'publish', 'main']
+           'save_transformers', 'model_card', 'check_hub_id', 'prepare', 'publish', 'main']
 
 # %% ../nbs/02d_publish.ipynb #51ce0754
 import argparse
@@ -22,6 +22,7 @@ from open_clip.transformer import VisionTransformer
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from .files import markdown_text
 from .student import Student, hub_place, load_student, save_student
 
 # %% ../nbs/02d_publish.ipynb #8f6ce962
@@ -181,15 +182,10 @@ CITATION = '''@inproceedings{basu2024distilling,
   eprint = {2307.09233},
   archivePrefix = {arXiv}}'''
 
-def escape(value # any
-          ) -> str: # one line that Markdown shows as it is, also in a table
-    "A value as text of a Markdown document."
-    text = ' '.join(str(value).split())
-    return re.sub(r'([\\`*_\[\]<>|#~$])', r'\\\1', text)
-
 def _table(columns, rows) -> str:
     "A Markdown table."
-    lines = [columns, ['---']*len(columns), *[[escape(cell) for cell in row] for row in rows]]
+    cells = [[markdown_text(value) for value in row] for row in rows]
+    lines = [columns, ['---']*len(columns), *cells]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 # %% ../nbs/02d_publish.ipynb #25c32808
@@ -254,9 +250,9 @@ def model_card(folder,               # of a finished run: student/, record.json
     parameters, made_by = record['parameters'], record.get('made_by', {})
     settings = [(k, v) for k, v in parameters.items() if k not in PRIVATE and v is not None]
     versions = [*made_by.get('versions', {}).items(), ('commit', made_by.get('commit'))]
-    body = [f'# {escape(record["name"])}',
-            f'{escape(parameters["arch"])} fine-tuned with the loss {escape(parameters["loss"])}'
-            f' at scale {escape(parameters["scale"])}, by sdsclip\\_nb.',
+    arch, loss, scale = (markdown_text(parameters[name]) for name in ('arch', 'loss', 'scale'))
+    body = [f'# {markdown_text(record["name"])}',
+            f'{arch} fine-tuned with the loss {loss} at scale {scale}, by sdsclip\\_nb.',
             '## Use', _loading(hub_id, both), '## Results', _metrics(folder),
             '## Settings', _table(['setting', 'value'], settings), '## Limits', LIMITS,
             '## Versions', _table(['package', 'version'], versions),

@@ -418,5 +418,14 @@ def save_student(student:Student, # to save
     weights = {k: v.detach().contiguous().cpu() for k, v in student.model.state_dict().items()}
     save_file(weights, folder/'open_clip_model.safetensors')
     save_config_for_hf(student.model, folder/'open_clip_config.json', model_config=student.config)
-    if hasattr(student.tokenizer, 'save_pretrained'): student.tokenizer.save_pretrained(str(folder))
+    _save_tokenizer(student.tokenizer, folder)
     return folder
+
+def _save_tokenizer(tokenizer, folder):
+    "In one state: transformers' keeps the lengths of its last call and would write them as well."
+    if not hasattr(tokenizer, 'save_pretrained'): return
+    backend = getattr(getattr(tokenizer, 'tokenizer', None), 'backend_tokenizer', None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(str(folder))

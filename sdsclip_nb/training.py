@@ -8,9 +8,9 @@ __all__ = ['TRACKERS', 'OF_BATCH', 'SETTLE_EVERY', 'chosen_trackers', 'find_prob
            'features_and_latents', 'fit_map', 'seen_by_teacher', 'student_inputs', 'complete_step', 'make_step',
            'split_batch', 'random_state', 'drawn_again', 'cached_outputs', 'backward_outputs', 'NonFiniteLoss',
            'check_finite', 'checkpoints_of', 'save_state', 'run_digest', 'checkpoint_of', 'make_optimizer',
-           'pairs_suite', 'validation_suites', 'Run', 'make_accelerator', 'start', 'Loop', 'share_weights', 'train',
-           'take_rankings', 'settle_weights', 'train_in', 'check_weights', 'save_run', 'of_end', 'of_best', 'finish',
-           'command_line', 'main', 'show_curves']
+           'resume_problem', 'pairs_suite', 'validation_suites', 'Run', 'make_accelerator', 'start', 'Loop',
+           'share_weights', 'train', 'take_rankings', 'settle_weights', 'train_in', 'check_weights', 'save_run',
+           'of_end', 'of_best', 'finish', 'command_line', 'main', 'show_curves']
 
 # %% ../nbs/02c_training.ipynb #cd6184f2
 import json
@@ -18,9 +18,11 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,14 +43,15 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .batches import PairBatches
 from .checkpoints import (
-    BadCheckpoint, Checkpoint, FolderInUse, find_checkpoint, held, in_use, new_state,
-    put_in_place, remove, sync, write_checkpoint)
+    Checkpoint, FolderInUse, check_shapes, find_checkpoint, held, in_use, loading_problem,
+    new_state, put_in_place, remove, sync, write_checkpoint)
 from .cost import denoiser_config, fitting_chunk, memory_needs
 from .experiment import (
     RANDOM, Experiment, choice_problems, digest, from_root, nearest, run_name, setting_help,
     setting_problems, settings_digest)
 from .losses import Step, exchanged, needs_of, teacher_captions, terms_of, total_loss
-from .notices import check_enough, nothing_learnt, say_cut
+from .notices import (
+    NothingToRank, check_candidates, check_enough, nothing_learnt, say_cut)
 from .pairs import PAIRS, DataError, Pairs, find_pairs, load_pairs, missing_data
 from .ranking import Rankings, make_rankings, ranking_problems
 from sdsclip_nb.record import (
@@ -292,14 +295,16 @@ def build(e:Experiment # the settings
          ) -> Parts:
     """Load the student, the pairs, and what the terms of the loss need. Raises `MissingError`, and
     `RunStopped` at a fault."""
-    from sdsclip_nb.faults import explained  # here, since it decides no number
+    from sdsclip_nb.faults import check_room, explained  # here, since it decides no number
 
     if lacking := missing(e): raise MissingError('\n'.join(map(str, lacking)))
     device = rank_device(e.device)
     e = e.model_copy(update=dict(precision=pick_precision(e.precision, device)))
     with explained(e) as here:
         here.folder = run_folder(e)
-        return _build(e, device)
+        parts = _build(e, device)
+        check_room(parts, here)
+    return parts
 
 def _build(e, device):
     "The parts of a run on a device."
@@ -544,12 +549,14 @@ def run_digest(e:Experiment,
 def checkpoint_of(folder:Path, # of the run
                   e:Experiment,
                   inputs:dict, # as in `run_digest`
+                  refusal:Callable=lambda path: '', # as in `find_checkpoint`
                  ) -> Checkpoint|None: # None for a fresh start
     "The checkpoint that a run goes on from: the first of several processes finds it for all."
     rank, _, _ = process_rank()
     found = None
     if rank == 0:
-        found = find_checkpoint(checkpoints_of(folder), run_digest(e, inputs), e.resume)
+        inside = checkpoints_of(folder)
+        found = find_checkpoint(inside, run_digest(e, inputs), e.resume, refusal)
     return broadcast_object_list([found])[0]
 
 # %% ../nbs/02c_training.ipynb #6f442071
@@ -561,6 +568,16 @@ def make_optimizer(parts:Parts): # optimizer and scheduler
         groups.append(dict(params=list(parts.latent_map.parameters()), lr=e.map_lr))
     optimizer = torch.optim.AdamW(groups, weight_decay=e.weight_decay)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, round(e.warmup*e.steps), e.steps)
+
+def resume_problem(parts:Parts,
+                   path:Path, # of a checkpoint that is whole
+                  ) -> str:   # '' if there is none
+    "Which file of a checkpoint this run cannot load, and why. Nothing of the run is changed."
+    optimizer, schedule = make_optimizer(parts)
+    return loading_problem(path, {
+        'model.safetensors': partial(check_shapes, parts.module.state_dict()),
+        'optimizer.bin': optimizer.load_state_dict,
+        'scheduler.bin': schedule.load_state_dict})
 
 # %% ../nbs/02c_training.ipynb #55069e7c
 def pairs_suite(e:Experiment,
@@ -663,16 +680,9 @@ class Loop:
 # %% ../nbs/02c_training.ipynb #f1b240dc
 @patch
 def take_up(self:Loop, checkpoint:Checkpoint):
-    "Go on from a checkpoint. Raises `BadCheckpoint`."
-    try:
-        self.accelerator.load_state(str(checkpoint.path))
-        if self.best: self.best.load(checkpoint.path)
-    except Exception as error:  # torch's, safetensors' or pickle's, by what is wrong
-        why = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
-        raise BadCheckpoint(
-            f'{checkpoint.path} is as it was written and cannot be loaded ({why}). It is of other '
-            'versions of the packages, or not of this kit: remove it, or give resume=False.'
-        ) from None
+    "Go on from a checkpoint in which `resume_problem` finds none."
+    self.accelerator.load_state(str(checkpoint.path))
+    if self.best: self.best.load(checkpoint.path)
     self.done, self.history = checkpoint.step, checkpoint.history
     self.seconds_before, self.elapsed_before = checkpoint.seconds, checkpoint.elapsed
     self.resumed, self.kept = [*checkpoint.resumed, checkpoint.step], [checkpoint.path]
@@ -893,6 +903,7 @@ def take_rankings(parts:Parts, record:Record):
     parts.rankings = make_rankings(
         parts.experiment, parts.pairs, parts.student, parts.teacher, parts.teacher_batch_size,
         rank=parts.rank, ranks=parts.ranks, gather=gather)
+    check_candidates(parts.rankings.lists, parts.experiment.rank_candidates)
     record.inputs['rankings'] = parts.rankings.key
     record.made_by['teacher_evaluations_before_training'] = parts.rankings.calls
 
@@ -918,7 +929,8 @@ def train_in(folder:Path,   # of the run, which no other process uses
     accelerator, record = start(parts, folder)
     take_rankings(parts, record)
     here.settings = run_digest(parts.experiment, record.inputs)
-    checkpoint = checkpoint_of(folder, parts.experiment, record.inputs)
+    here.refusal = partial(resume_problem, parts)
+    checkpoint = checkpoint_of(folder, parts.experiment, record.inputs, here.refusal)
     errors = [] if checkpoint else fit_map(parts)
     share_weights(parts)
     shown = parts.latent_map is not None and parts.rank == 0
@@ -1019,7 +1031,7 @@ def main(arguments:list|None=None): # None: those of the command line
     except RunStopped as stopped:
         if rank == 0 or not isinstance(stopped, Interrupted): print(stopped, file=sys.stderr)
         raise SystemExit(stopped.status) from None
-    except (DataError, FolderInUse, MissingError, NonFiniteLoss) as error:
+    except (DataError, FolderInUse, MissingError, NonFiniteLoss, NothingToRank) as error:
         raise SystemExit(str(error)) from None
     if rank == 0: print(run.folder)
 

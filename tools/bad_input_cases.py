@@ -15,10 +15,15 @@ import shutil
 import socket
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -1160,6 +1165,21 @@ def parameters() -> None:
         ],
         lam=[-1, "x", float("nan"), float("inf"), [], "1e999"],
         hardneg_weight=[-1, float("inf"), "x"],
+        rank_weight=[-1, float("inf"), float("nan"), "x", []],
+        rank_candidates=[
+            "",
+            "x",
+            "exchange",
+            "exchanges+",
+            "+",
+            "exchanges+exchanges",
+            "exchanges,nearest",
+            " nearest",
+            5,
+            ["nearest"],
+        ],
+        rank_timesteps=[0, -1, 65, 10**30, 1.5, "x", "4.5"],
+        rank_temperature=[0, -1, float("inf"), float("nan"), "x", "1e999"],
         grad=["x", ""],
         weighting=["x", ""],
         timesteps=["", "1", "5,1", "1,2,3", "0,1000", "-1,5", "a,b", [1], 7, "1.5,3", "nan,nan"],
@@ -1208,6 +1228,20 @@ def parameters() -> None:
             shown = repr(value) if len(repr(value)) < 30 else f"{repr(value)[:20]}..."
             fails("parameters", f"{name}={shown}", given(**{name: value}), name)
     fails("parameters", "two at once", given(lr=-1, steps=0), "lr", "steps")
+    for control in ("permuted-rankings", "labels"):
+        for loss in ("clip", "clip+sds", "clip+hardneg", "sds"):
+            settings = dict(loss=loss, control=control)
+            fails("controls", f"{control} of {loss}", given(**settings), "control", "rank", loss)
+        for loss in ("clip+rank", "rank", "clip+rank+sds"):
+            accepts_control(given, loss, control)
+    for control in ("shuffled-captions", "swapped-captions", "empty-caption"):
+        for loss in ("clip+rank", "rank", "clip+hardneg+rank"):
+            settings = dict(loss=loss, control=control)
+            words = "control", "permuted-rankings", loss
+            fails("controls", f"{control} of {loss}", given(**settings), *words)
+        accepts_control(given, "clip+rank+sds", control)
+    wrong = dict(loss="clip", control="labels", rank_candidates="x", rank_timesteps=0)
+    fails("controls", "three at once", given(**wrong), *wrong.keys() - {"loss"})
     for name, settings, check in [
         (
             "numbers as text, as papermill may pass them",
@@ -1246,6 +1280,12 @@ def parameters() -> None:
         lambda f: make_experiment(),
         lambda e: e.scale == "mini",
     )
+
+
+def accepts_control(given: Callable, loss: str, control: str) -> None:
+    "A control that changes something of a loss"
+    settings = dict(loss=loss, control=control)
+    takes("controls", f"{control} of {loss}", given(**settings), lambda e: e.control == control)
 
 
 # Students and teachers --------------------------------------------------------------------------
@@ -1668,16 +1708,33 @@ def mmvp(rows: str, head: str = "Question ID,Type,Statement") -> Callable:
 
 def training_runs() -> None:
     "Pairs that can be read, and of which a training has to say something"
-    from sdsclip_nb.training import build, check_run
+    from sdsclip_nb.training import build, check_run, train
 
-    def run(captions):
+    def run(captions, do=build, **settings):
         def start(folder):
             for k, caption in enumerate(captions):
-                write(folder / f"{k}.png", encoded(photo(k)))
-                write(folder / f"{k}.txt", caption)
-            return build(check_run(hub=False, loss="clip", data="folder", data_root=str(folder)))
+                write(folder / "pairs" / f"{k}.png", encoded(photo(k)))
+                write(folder / "pairs" / f"{k}.txt", caption)
+            given = dict(loss="clip", data="folder", data_root=str(folder / "pairs")) | settings
+            return do(check_run(hub=False, out_dir=str(folder / "run"), **given))
 
         return start
+
+    def disk_of(free, start):
+        def with_disk(folder):
+            disk = SimpleNamespace(free=free, total=10**9)
+            with patch.object(shutil, "disk_usage", lambda path: disk):
+                return start(folder)
+
+        return with_disk
+
+    quick = dict(do=train, steps=1, batch_size=2, num_workers=0, trackers="none")
+    for kinds in ("exchanges", "paraphrases", "exchanges+paraphrases"):
+        settings = dict(loss="clip+rank", rank_candidates=kinds) | quick
+        fails("training", f"no {kinds} to rank", run(["dog", "cat"], **settings), kinds, "rank_c")
+    two = run(["a dog", "a cat"], save_every=1, steps=9)
+    fails("training", "a disk too small", disk_of(10**7, two), "out_dir", "10.0 MB", "at least")
+    takes("training", "a disk that will do", disk_of(10**8, two), lambda parts: parts.rank == 0)
 
     fails("training", "a folder of one image", run(["a dog"]), "only one image")
     takes(
@@ -1691,6 +1748,112 @@ def training_runs() -> None:
         "captions that fit",
         run(["a dog", "a cat"]),
         lambda parts: parts.captions_cut == 0,
+    )
+
+
+# Checkpoints ------------------------------------------------------------------------------------
+
+
+def tiny_parts(width: int = 2) -> SimpleNamespace:
+    "What `resume_problem` asks of a run, around one layer"
+    layer = torch.nn.Linear(width, width)
+    settings = make_experiment(steps=9)
+    return SimpleNamespace(module=layer, student=layer, latent_map=None, experiment=settings)
+
+
+def write_state(parts: SimpleNamespace, state: Path) -> None:
+    "The files that accelerate writes"
+    from sdsclip_nb.training import make_optimizer
+
+    optimizer, schedule = make_optimizer(parts)
+    save_file(parts.module.state_dict(), state / "model.safetensors")
+    torch.save(optimizer.state_dict(), state / "optimizer.bin")
+    torch.save(schedule.state_dict(), state / "scheduler.bin")
+    torch.save(dict(torch_manual_seed=torch.get_rng_state()), state / "random_states_0.pkl")
+
+
+def taken_up(spoil: Callable) -> Callable:
+    "The newest of two checkpoints is spoilt and sealed again: which is taken, and what is said"
+    from sdsclip_nb import checkpoints
+    from sdsclip_nb.training import resume_problem
+
+    def run(folder):
+        parts, kept = tiny_parts(), []
+        for step in (1, 2):
+            state = checkpoints.new_state(folder)
+            write_state(parts, state)
+            history = [dict(step=k + 1) for k in range(step)]
+            about = checkpoints.Checkpoint(None, step, history, "", 1, 1)
+            kept = checkpoints.write_checkpoint(folder, about, state, kept)
+        spoil(kept[-1])
+        checkpoints.seal(kept[-1])
+        refusal, said = partial(resume_problem, parts), io.StringIO()
+        with redirect_stdout(said):
+            found = checkpoints.find_checkpoint(folder, "", refusal=refusal)
+        return found.step, said.getvalue()
+
+    return run
+
+
+def of_version(number: int) -> Callable:
+    "A file that torch wrote, as a later torch would mark it"
+
+    def change(path):
+        with zipfile.ZipFile(path) as old:
+            members = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w") as new:
+            for name, content in members.items():
+                new.writestr(name, str(number) if name.endswith("/version") else content)
+
+    return change
+
+
+def saved(value) -> Callable:
+    "torch.save of something else"
+    return lambda path: torch.save(value, path)
+
+
+def sealed_checkpoints() -> None:
+    "Checkpoints that are as they were written, and that torch does not load"
+    pickles = {
+        "a pickle of something else": saved(Path("a")),
+        "a function": saved(os.system),
+        "of another torch": of_version(99),
+        "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "empty": lambda path: path.write_bytes(b""),
+        "text": lambda path: path.write_text("not found"),
+    }
+    states = {"a number": saved(5), "an empty dict": saved({})}
+    wider = tiny_parts(3).module.state_dict()
+    weights = {
+        "another shape": lambda path: save_file(wider, path),
+        "a tensor less": lambda path: save_file({"bias": torch.zeros(2)}, path),
+        "a tensor more": lambda path: save_file(load_file(path) | {"b": torch.zeros(2)}, path),
+        "by torch.save": saved(dict(weight=torch.zeros(2, 2), bias=torch.zeros(2))),
+        "cut": pickles["cut"],
+    }
+    progress = {
+        "none of a run": lambda path: path.write_text("[1]"),
+        "a row less": lambda path: path.write_text(path.read_text().replace('{"step": 1}, ', "")),
+    }
+    files = {
+        "optimizer.bin": pickles | states,
+        "scheduler.bin": pickles,
+        "random_states_0.pkl": pickles,
+        "model.safetensors": weights,
+        "progress.json": progress,
+    }
+    for file, faults in files.items():
+        for name, change in faults.items():
+            takes(
+                "checkpoints",
+                f"{file}: {name}",
+                taken_up(lambda state, file=file, change=change: change(state / file)),
+                lambda value, file=file: value[0] == 1 and f"step-00000002 is not taken up ({file}"
+                in value[1],
+            )
+    takes(
+        "checkpoints", "sealed again", taken_up(lambda state: None), lambda value: value == (2, "")
     )
 
 
@@ -1708,6 +1871,7 @@ def all_cases() -> Iterator[Case]:
         models,
         suites,
         training_runs,
+        sealed_checkpoints,
     ):
         section()
     assert csv.field_size_limit() == 131_072

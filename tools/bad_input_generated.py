@@ -127,6 +127,42 @@ def any_setting(judge, name, value):
     judge(run)
 
 
+TERMS = ("clip", "sds", "hardneg", "rank")
+RANKS, CAPTIONS = ("permuted-rankings", "labels"), ("shuffled-captions", "empty-caption")
+
+
+@given(
+    st.lists(st.sampled_from(TERMS), min_size=1, max_size=3),
+    st.sampled_from(("none", *RANKS, *CAPTIONS)),
+    st.lists(st.sampled_from(("exchanges", "nearest", "x")), min_size=1, max_size=2),
+)
+def control_of_rank(judge, terms, control, kinds):
+    "Checks a run of any terms, control and caption candidates"
+    from sdsclip_nb.training import check_run
+
+    wrong = set()
+    if len(set(terms)) < len(terms):
+        wrong.add("loss=")
+    if "x" in kinds or len(set(kinds)) < len(kinds):
+        wrong.add("rank_candidates=")
+    if not wrong and control in RANKS and "rank" not in terms:
+        wrong.add("control=")
+    if not wrong and control in CAPTIONS and "rank" in terms and "sds" not in terms:
+        wrong.add("control=")
+
+    def run(folder):
+        settings = dict(loss="+".join(terms), control=control, rank_candidates="+".join(kinds))
+        try:
+            check_run(hub=False, **settings)
+        except ValueError as error:
+            assert wrong, f"refused: {error}"
+            assert all(name in str(error) for name in wrong), error
+            raise
+        assert not wrong, f"taken in spite of {wrong}"
+
+    judge(run)
+
+
 def score_file(content: bytes) -> Callable:
     "Reads a file of scores"
 
@@ -178,6 +214,7 @@ def kinds() -> dict[str, Callable]:
         "tar": changed_bytes(lambda data: shard(after=lambda _: data + rest), whole),
         "score file": changed_bytes(score_file, SCORES),
         "setting": any_setting,
+        "control of rank": control_of_rank,
     }
 
 

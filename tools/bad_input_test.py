@@ -27,7 +27,7 @@ from bad_input_cases import Case, all_cases  # noqa: E402
 from bad_input_generated import bounded, kinds  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 20  # a case may take
+SECONDS = 60  # a case may take: one that hangs takes more, a slow machine less
 GB = 6  # of address space: a device read to its end would fill the machine
 OURS = str(ROOT / "sdsclip_nb")
 COLUMNS = ("cases", "error", "skipped", "taken", "FAILED")

@@ -3,8 +3,9 @@
 Equal to the bit must be: student, latent map, optimizer state, history with its metrics, and what
 the record says came out. A run is killed at random moments and at every change that writing a
 checkpoint or the result makes on the disk; by Python with 0 and 2 loading processes, by papermill
-on 03_train, and by Snakemake, whose orphaned training the next run waits for. `--short` does a few
-of each by Python. Ends with `N passed, M failed`.
+on 03_train, and by Snakemake, whose orphaned training the next run waits for. A killed run's newest
+checkpoint is also replaced by one that torch does not load. `--short` does a few of each by Python.
+Ends with `N passed, M failed`.
 """
 
 import argparse
@@ -45,7 +46,7 @@ SETTINGS = dict(
 )  # fmt: skip
 RUNS = 20  # killed at random
 TIMES = ("seconds", "started", "training_seconds")  # of a record: no two runs share them
-WAIT = 300  # seconds for a run to end
+WAIT = 1800  # seconds for a run to end: what takes longer hangs
 
 
 # A run, and what it leaves ---------------------------------------------------------------------
@@ -97,7 +98,8 @@ def left(folder: Path) -> dict:
     record = json.loads((folder / "record.json").read_text())
     values = {name: value for name, value in record["values"].items() if name not in TIMES}
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    hashed = [name for name in names if name.suffix in (".safetensors", ".csv", ".txt")]
+    kinds = (".safetensors", ".csv", ".txt")
+    hashed = [name for name in names if name.suffix in kinds or name.parts[0] == "student"]
     files = {str(name): file_hash(folder / name) for name in hashed}
     stray = [name for name in names if str(name).endswith((".new", ".old"))]
     stray += [path.name for path in folder.glob("checkpoints*")]
@@ -110,6 +112,19 @@ def same(folder: Path, whole: Path) -> None:
     ours, theirs = left(folder), left(whole)
     differing = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
     assert not differing, f"{folder.name}: {differing} differ"
+
+
+def steps_saved(folder: Path) -> list:
+    "Of a run's checkpoints, in order"
+    return sorted(int(p.name[5:]) for p in folder.glob("checkpoints/step-" + "[0-9]" * 8))
+
+
+def until(condition: Callable, what: str) -> None:
+    "Wait until something is true"
+    end = time.time() + WAIT
+    while not condition():
+        assert time.time() < end, f"{what}: not in {WAIT} s"
+        time.sleep(0.02)
 
 
 def resumed(folder: Path) -> list:
@@ -137,7 +152,11 @@ def at_random(base: Path, wholes: dict, runs: int) -> str:
         whole, seconds = wholes[workers]
         folder = base / f"random-{k}"
         process = start(folder, settings)
-        process.join(draw.uniform(0.1, 1.0) * seconds)
+        if k % 3 == 2:  # however slow the machine is by now, it has something to go on from
+            until(lambda: not process.is_alive() or steps_saved(folder), "a checkpoint")
+            process.join(draw.uniform(0, 0.05) * seconds)
+        else:
+            process.join(draw.uniform(0.1, 1.0) * seconds)
         alive = process.is_alive()
         process.kill()
         process.join()
@@ -230,6 +249,44 @@ def in_gaps(base: Path, wholes: dict, some: int | None) -> str:
     return f"{len(places)} of {changes} gaps: all equal; {steps}"
 
 
+# A checkpoint that torch does not load ----------------------------------------------------------
+
+def spoil(state: Path, name: str) -> None:
+    "Another pickle in the place of one file of a checkpoint, sealed"
+    with open(state / name, "wb") as file:
+        torch.save(Path("a"), file)
+    checkpoints.seal(state)
+
+
+def in_refused(base: Path, wholes: dict) -> str:
+    "killed, then the newest checkpoint is replaced by one that torch does not load"
+    settings, (whole, _) = dict(num_workers=0, eval_every=STEPS), wholes[0]
+
+    def dying() -> None:
+        training.save_run = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = base / "killed"
+    process = start(killed, settings, dying)
+    process.join(WAIT)
+    assert process.exitcode == -signal.SIGKILL, f"ended with {process.exitcode}"
+    older, newer = (f"step-{steps:08}" for steps in steps_saved(killed))
+    files = sorted(path.name for path in (killed / "checkpoints" / newer).iterdir())
+    names = [name for name in files if not name.endswith(".json")]
+    cases = {name: ([newer], name, [2 * EVERY]) for name in names}
+    cases["both"] = ([older, newer], "optimizer.bin", [])
+    for case, (states, name, taken_up) in cases.items():
+        folder = base / f"refused-{case}"
+        shutil.copytree(killed, folder)
+        for state in states:
+            spoil(folder / "checkpoints" / state, name)
+        finish(folder, settings)
+        said = (base / f"{folder.name}.log").read_text()
+        assert said.count(f"({name} cannot be loaded") == len(states), f"{case}: {said[-1500:]}"
+        assert resumed(folder) == taken_up, f"{case}: went on from {resumed(folder)}"
+        same(folder, whole)
+    return f"{', '.join(names)}: went on from the one before; both refused: began anew; all equal"
+
+
 # By papermill and Snakemake --------------------------------------------------------------------
 
 NOTEBOOK = dict(steps=200, save_every=10)  # a kernel sees late that papermill is gone
@@ -264,14 +321,6 @@ def ended(process: subprocess.Popen) -> str:
     return said
 
 
-def until(condition: Callable, what: str) -> None:
-    "Wait until something is true"
-    end = time.time() + WAIT
-    while not condition():
-        assert time.time() < end, f"{what}: not in {WAIT} s"
-        time.sleep(0.02)
-
-
 def trainings(folder: Path) -> list:
     "Living processes that hold a run's folder"
     holder = checkpoints._holder(folder)
@@ -284,7 +333,7 @@ def by_papermill(base: Path) -> str:
     for step in (10, 50, 90):
         folder = base / f"notebook-{step}"
         process = quiet(papermill(folder))
-        until((folder / "checkpoints" / f"step-{step:08}").exists, f"step {step}")
+        until(lambda: max(steps_saved(folder), default=0) >= step, f"step {step}")
         process.kill()
         process.wait()
         until(lambda: not trainings(folder), "the kernel's end")
@@ -354,21 +403,22 @@ def left_alone(base: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="a few kills by Python alone")
-    names = ("random", "gaps", "papermill", "snakemake")
+    names = ("random", "gaps", "refused", "papermill", "snakemake")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     random_runs, some = (3, 5) if args.short else (RUNS, None)
     failed = passed = 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        wholes = left_alone(base) if {"random", "gaps"} & {*args.only} else {}
+        wholes = left_alone(base) if {*names[:3]} & {*args.only} else {}
         cases = {
             "random": lambda: at_random(base, wholes, random_runs),
             "gaps": lambda: in_gaps(base, wholes, some),
+            "refused": lambda: in_refused(base, wholes),
             "papermill": lambda: by_papermill(base),
             "snakemake": lambda: by_snakemake(base),
         }
-        for name in names[:2] if args.short else names:
+        for name in names[:3] if args.short else names:
             if name not in args.only:
                 continue
             with timed() as seconds:

@@ -46,7 +46,7 @@ def result(folder: Path) -> tuple[dict, pd.DataFrame]:
 
 
 def own_pairs(folder: Path) -> str:
-    "one's own pairs, both ways, all captions of an image counted"
+    "one's own pairs, both ways, all captions of an image counted, links out of the folder by name"
     from PIL import Image
 
     pairs, lines = make_pairs(12), []
@@ -56,7 +56,12 @@ def own_pairs(folder: Path) -> str:
         for text in (caption, f"an image of {caption}"):  # two rows an image
             lines.append(json.dumps({"file_name": f"{number}.png", "text": text}))
     (folder / "pairs" / "val" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    measure(folder, suites="retrieval", data="folder", data_root=folder / "pairs", split="val")
+    given = dict(suites="retrieval", data="folder", data_root=folder / "pairs", split="val")
+    image = folder / "pairs" / "val" / "0.png"
+    image.symlink_to(image.rename(folder / "apart.png"))
+    said = measure(folder, 1, **given)
+    assert "follow_links=True" in said, said[-500:]
+    measure(folder, follow_links=True, **given)
     _, metrics = result(folder)
     counts = metrics[metrics.tag == "all"].set_index("metric").n
     assert counts["R@1"] == 12, counts
