@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'GRADIENTS', 'NEEDS', 'TERMS', 'CONTROLS', 'clip_loss', 'draw_noise', 'sds_loss', 'Step', 'Term', 'term',
            'clip_term', 'sds_term', 'exchanged', 'control', 'own_captions', 'next_captions', 'swapped_captions',
-           'empty_captions', 'teacher_captions', 'of_all_ranks', 'hardneg_loss', 'hardneg_term', 'terms_of', 'needs_of',
-           'total_loss']
+           'empty_captions', 'teacher_captions', 'of_all_ranks', 'hardneg_loss', 'hardneg_term', 'regress_term',
+           'terms_of', 'needs_of', 'total_loss']
 
 # %% ../nbs/02b_losses.ipynb #78818ad4
 from collections.abc import Callable
@@ -292,6 +292,13 @@ def hardneg_term(step:Step) -> torch.Tensor:
     return hardneg_loss(
         step.image_features, step.text_features, step.exchanged_features, step.logit_scale,
         step.ranks)
+
+# %% ../nbs/02b_losses.ipynb #7b24a4d9
+@term('regress', "mapped features against the teacher's own latents", '$L_{regress}$',
+      weight='regress_weight', needs=('latent_map', 'image_latents'))
+def regress_term(step:Step) -> torch.Tensor:
+    "L_regress of a step: mean squared error over the latents' elements."
+    return F.mse_loss(step.latents, step.image_latents.to(step.latents))
 
 # %% ../nbs/02b_losses.ipynb #44576d42
 def terms_of(e:Experiment) -> list: # of `Term`
