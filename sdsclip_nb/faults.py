@@ -16,9 +16,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -163,13 +162,13 @@ class SignalReceived(KeyboardInterrupt):
 
 def safe_checkpoint(folder:Path|None, # of all checkpoints of the run; None: not known yet
                     settings:str|None=None, # digest, as in `Checkpoint`; None: any
-                    refusal:Callable=lambda path: '', # as in `find_checkpoint`
+                    refused:list=(), # checkpoints that the run was not able to load
                    ) -> Checkpoint|None:
     "The newest checkpoint that is whole, of these settings, and not refused."
     places = sorted(folder.glob('step-*'), reverse=True) if folder else []
     whole = (read_checkpoint(path)[0] for path in places if path.suffix == '')
     ours = (c for c in whole if c and settings in (None, c.settings))
-    return next((c for c in ours if not refusal(c.path)), None)
+    return next((c for c in ours if c not in refused), None)
 
 # %% ../nbs/02b5_faults.ipynb #05f5ffa9
 @dataclass
@@ -181,13 +180,13 @@ class Situation:
     folder:Path|None=None # of the run, once it is known
     settings:str|None=None # digest of those that decide the numbers, once it is known
     finished:bool=False  # is the whole result written?
-    refusal:Callable=lambda path: '' # why a whole checkpoint cannot be loaded, once it is known
+    refused:list=field(default_factory=list) # whole checkpoints that this run cannot load
 
     def safe(self) -> tuple: # text, and step or None
         "What of the run is on disk."
         if self.finished: return f'the whole result, in {self.folder}', self.e.steps
         inside = self.folder and self.folder/'checkpoints'
-        found = safe_checkpoint(inside, self.settings, self.refusal)
+        found = safe_checkpoint(inside, self.settings, self.refused)
         if found: return f'the checkpoint of step {found.step}, {found.path}', found.step
         return 'nothing of this run yet; nothing of an earlier one is lost', None
 

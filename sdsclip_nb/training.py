@@ -44,7 +44,7 @@ from transformers import get_cosine_schedule_with_warmup
 from .batches import PairBatches
 from .checkpoints import (
     Checkpoint, FolderInUse, check_shapes, find_checkpoint, held, in_use, loading_problem,
-    new_state, put_in_place, remove, sync, write_checkpoint)
+    new_state, put_in_place, read_checkpoint, remove, sync, write_checkpoint)
 from .cost import denoiser_config, fitting_chunk, memory_needs
 from .experiment import (
     RANDOM, Experiment, choice_problems, digest, from_root, nearest, run_name, setting_help,
@@ -570,14 +570,17 @@ def make_optimizer(parts:Parts): # optimizer and scheduler
     return optimizer, get_cosine_schedule_with_warmup(optimizer, round(e.warmup*e.steps), e.steps)
 
 def resume_problem(parts:Parts,
-                   path:Path, # of a checkpoint that is whole
-                  ) -> str:   # '' if there is none
+                   path:Path,    # of a checkpoint that is whole
+                   refused:list|None=None, # gets the checkpoint if there is a problem
+                  ) -> str:      # '' if there is none
     "Which file of a checkpoint this run cannot load, and why. Nothing of the run is changed."
     optimizer, schedule = make_optimizer(parts)
-    return loading_problem(path, {
+    problem = loading_problem(path, {
         'model.safetensors': partial(check_shapes, parts.module.state_dict()),
         'optimizer.bin': optimizer.load_state_dict,
         'scheduler.bin': schedule.load_state_dict})
+    if problem and refused is not None: refused.append(read_checkpoint(path)[0])
+    return problem
 
 # %% ../nbs/02c_training.ipynb #55069e7c
 def pairs_suite(e:Experiment,
@@ -929,8 +932,8 @@ def train_in(folder:Path,   # of the run, which no other process uses
     accelerator, record = start(parts, folder)
     take_rankings(parts, record)
     here.settings = run_digest(parts.experiment, record.inputs)
-    here.refusal = partial(resume_problem, parts)
-    checkpoint = checkpoint_of(folder, parts.experiment, record.inputs, here.refusal)
+    refusal = partial(resume_problem, parts, refused=here.refused)  # a fault must not ask again
+    checkpoint = checkpoint_of(folder, parts.experiment, record.inputs, refusal)
     errors = [] if checkpoint else fit_map(parts)
     share_weights(parts)
     shown = parts.latent_map is not None and parts.rank == 0
