@@ -166,7 +166,7 @@ class TrainingSettings(MethodSettings):
 class WeightSettings(TrainingSettings):
     "The size of what is trained, and which weights are saved."
     lora_rank: int = Field(
-        8, ge=1, le=1024, description='rank of the adapters that trainable=lora trains')
+        8, ge=1, le=1024, description='rank of the adapters of trainable lora')
     keep_best: str = Field(
         'none', description='metric by which the best evaluated step is saved, not the last')
     average: float = Field(
@@ -178,8 +178,8 @@ class Experiment(WeightSettings):
     "Settings of one training run. None means the scale's default (`SCALES`)."
     data: str|None = Field(None, description='source of the training pairs')
     data_root: FileName|None = Field(
-        None, description='folder of the pairs; for hub an id, OWNER/NAME?caption=COLUMN. '
-                          'None: data/<data>')
+        None, description='folder of the pairs; for hub an id OWNER/NAME, its columns after a ? '
+                          '(01a6_hub). None: data/<data>')
     n_pairs: int|None = Field(None, ge=2, description='images used, all of a source that is named')
     on_error: Literal['raise', 'skip'] = Field('raise', description='at a bad image')
     follow_links: bool = Field(False, description='may links lead out of the folder of the pairs')
