@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
-from .experiment import RANDOM, Experiment, chosen, digest, from_root, registry
+from .experiment import Experiment, chosen, digest, from_root, registry
 from .losses import CONTROLS, Step, control, exchanged, own_captions, term, terms_of
 from .mini import converse_captions, exchanged_captions
 from .pairs import PAIRS, Pairs
@@ -353,16 +353,17 @@ def ranking_problems(e:Experiment # a run
     if e.control in TARGETS and e.control != 'none' and not ranks:
         return dict(control=f'{given}it is about the term rank, which loss={e.loss!r} lacks. '
                             'Add it, as in clip+rank.')
-    if ranks and not in_steps and e.control not in TARGETS:
+    if not in_steps and e.control not in TARGETS:
+        choices = [*TARGETS] if ranks else ['none']
         return dict(control=f'{given}it changes the captions of a step, and in a step of '
                             f'loss={e.loss!r} no teacher is asked. Choose from '
-                            f'{", ".join(TARGETS)}.')
+                            f'{", ".join(choices)}.')
     return {}
 
 # %% ../nbs/02b2_ranking.ipynb #40dfec70
 def ranking_key(e:Experiment, pairs:Pairs, lists:list, teacher) -> str: # 16 hexadecimal digits
     "Of all that decides the scores."
-    source = teacher_hash(e.teacher.removeprefix(RANDOM)) or e.teacher
+    source = teacher_hash(e.teacher) or e.teacher
     return digest(dict(
         pairs=pairs.content_hash(), candidates=lists, teacher=[e.teacher, source],
         timesteps=ranking_timesteps(e.rank_timesteps).tolist(), seed=e.seed,

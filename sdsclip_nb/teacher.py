@@ -92,6 +92,7 @@ def missing_teacher(name:str, # as in `load_teacher`
 def teacher_hash(name:str # as in `load_teacher`
                 ) -> str|None:
     "SHA-256 of the denoiser's files of a teacher in a folder; None for one from the hub."
+    name = name.removeprefix(RANDOM)  # random weights, but of this architecture and these parts
     source = from_root(TEACHERS.get(name, name))
     folders = [source/role for role in ('unet', 'transformer') if (source/role).is_dir()]
     return file_hash(folders[0]) if folders else None

@@ -1165,6 +1165,10 @@ def parameters() -> None:
         ],
         lam=[-1, "x", float("nan"), float("inf"), [], "1e999"],
         hardneg_weight=[-1, float("inf"), "x"],
+        regress_weight=[-1, float("inf"), float("nan"), "x", []],
+        lora_rank=[0, -1, 1.5, "x", 1025],
+        average=[-0.1, 1.1, float("nan"), "x"],
+        keep_best=["x", "", "text"],
         rank_weight=[-1, float("inf"), float("nan"), "x", []],
         rank_candidates=[
             "",
@@ -1239,6 +1243,8 @@ def parameters() -> None:
             settings = dict(loss=loss, control=control)
             words = "control", "permuted-rankings", loss
             fails("controls", f"{control} of {loss}", given(**settings), *words)
+        settings = dict(loss="clip", control=control)
+        fails("controls", f"{control} of clip", given(**settings), "control", "clip")
         accepts_control(given, "clip+rank+sds", control)
     wrong = dict(loss="clip", control="labels", rank_candidates="x", rank_timesteps=0)
     fails("controls", "three at once", given(**wrong), *wrong.keys() - {"loss"})
