@@ -19,12 +19,13 @@ import io
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -327,7 +328,8 @@ def one_way(name: str, teacher, batch: int, repeats: int) -> dict:
     except Exception as error:  # inductor's own, by what this machine lacks: no C++ compiler
         if "compiled" not in name:
             raise
-        return {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+        said = re.sub(r"/\S*/", "", str(error).splitlines()[0])  # without this machine's folders
+        return {"skipped": f"{type(error).__name__}: {said[:160]}"}
     finally:
         teacher.denoiser._compiled_call_impl = None
         teacher.denoiser.to(memory_format=torch.channels_last)
@@ -364,8 +366,10 @@ def options(args) -> dict:
 
     repeats = 3 if args.quick else 9
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, details = option_rows("mini UNet, batch 32", load_teacher("mini", device), 32, repeats)
     with tempfile.TemporaryDirectory() as tmp:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tmp}/compiled"  # a first pass compiles
+        rows, details = option_rows(
+            "mini UNet, batch 32", load_teacher("mini", device), 32, repeats)
         teacher = load_teacher(str(quarter_of_sd1(Path(tmp) / "teacher")), device)
         more, details["quarter"] = option_rows(
             "quarter of SD v1-4, batch 2", teacher, 2, max(2, repeats // 3))
@@ -668,22 +672,27 @@ def passes_over_coco() -> list[dict]:
     return rows
 
 
-def time_once(options: list[str]) -> float:
-    "Seconds that one run of the main job takes"
+def time_once(options: list[str]) -> tuple[float, int]:
+    "Seconds that one run of the main job takes, and its peak memory as the system counts it"
     papermill = Path(sys.executable).with_name("papermill")
     with tempfile.TemporaryDirectory() as tmp:
         command = [papermill, "nbs/03_train.ipynb", Path(tmp) / "run.ipynb", "--no-progress-bar"]
         start = time.perf_counter()
-        subprocess.run([*command, *options], cwd=ROOT, check=True)
-        return time.perf_counter() - start
+        process = subprocess.Popen([*command, *options], cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)  # of this job alone, not of earlier parts
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+        return time.perf_counter() - start, usage.ru_maxrss
 
 
 def main_job(args) -> dict:
     "Seconds and peak memory of nbs/03_train.ipynb"
     options = [*(["-p", "steps", "50"] if args.quick else []), *args.options]
-    seconds = [round(time_once(options), 1) for _ in range(args.repeat)]
+    runs = [time_once(options) for _ in range(args.repeat)]
+    seconds = [round(taken, 1) for taken, _ in runs]
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
-    peak = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6)
+    peak = round(max(memory for _, memory in runs) * unit / 1e6)
     said = f" ({' '.join(options)})" if options else ""
     rows = [row(f"seconds of the main job{said}", min(seconds)),
             row("MB of memory of the main job, at most", peak)]
@@ -739,14 +748,28 @@ def parse() -> argparse.Namespace:
     add("--sugarcrepe", type=Path, default=SHARED / "sugarcrepe", help="SugarCrepe's JSON files")
     add("--out", type=Path, help="folder of bench.json and bench.md (default: figures, "
                                  "with --quick or --only out/bench)")
+    add("--update", action="store_true", help="put the parts of --only beside the others in "
+                                              "figures/, each with its own time")
     args, args.options = parser.parse_known_args()
     return args
 
 
 def folder_of(args) -> Path:
     "A part of the numbers, or quick ones, do not replace those in figures/"
-    whole = not args.quick and set(args.only) == {*PARTS}
-    return ROOT / ("figures" if whole else "out/bench")
+    whole = args.update or set(args.only) == {*PARTS}
+    return ROOT / ("figures" if whole and not args.quick else "out/bench")
+
+
+def earlier(args) -> dict:
+    "What --update leaves as it is, if this machine and these packages made it; else nothing"
+    path = args.out / "bench.json"
+    if not args.update or not path.is_file():
+        return {"machine": machine(), "quick": args.quick, "seconds": None, "parts": {}}
+    found = json.loads(path.read_text())
+    for name in ("device", "cpus", "python", "packages"):
+        if found["machine"][name] != machine()[name]:
+            raise SystemExit(f"{path}: made with another {name}: run `make bench` whole")
+    return found
 
 
 def write(result: dict, folder: Path):
@@ -759,16 +782,19 @@ def write(result: dict, folder: Path):
 def main() -> int:
     args = parse()
     start = time.perf_counter()
-    result = {"machine": machine(), "quick": args.quick, "seconds": None, "parts": {}}
     args.out = args.out or folder_of(args)
+    result = earlier(args)
     for part in args.only:
         print(part, flush=True)
+        load = round(os.getloadavg()[0], 2)
         try:
-            result["parts"][part] = PARTS[part](args)
+            found = PARTS[part](args)
+            result["parts"][part] = {**found, "load": load, "date": f"{date.today()}"}
         except subprocess.CalledProcessError as error:
             print(f"the main job failed with exit status {error.returncode}", file=sys.stderr)
             return 1
-        result["seconds"] = round(time.perf_counter() - start, 1)
+        if not args.update:
+            result["seconds"] = round(time.perf_counter() - start, 1)
         write(result, args.out)
     print(table_of(result))
     return 0
