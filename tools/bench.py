@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -748,28 +747,14 @@ def parse() -> argparse.Namespace:
     add("--sugarcrepe", type=Path, default=SHARED / "sugarcrepe", help="SugarCrepe's JSON files")
     add("--out", type=Path, help="folder of bench.json and bench.md (default: figures, "
                                  "with --quick or --only out/bench)")
-    add("--update", action="store_true", help="put the parts of --only beside the others in "
-                                              "figures/, each with its own time")
     args, args.options = parser.parse_known_args()
     return args
 
 
 def folder_of(args) -> Path:
     "A part of the numbers, or quick ones, do not replace those in figures/"
-    whole = args.update or set(args.only) == {*PARTS}
-    return ROOT / ("figures" if whole and not args.quick else "out/bench")
-
-
-def earlier(args) -> dict:
-    "What --update leaves as it is, if this machine and these packages made it; else nothing"
-    path = args.out / "bench.json"
-    if not args.update or not path.is_file():
-        return {"machine": machine(), "quick": args.quick, "seconds": None, "parts": {}}
-    found = json.loads(path.read_text())
-    for name in ("device", "cpus", "python", "packages"):
-        if found["machine"][name] != machine()[name]:
-            raise SystemExit(f"{path}: made with another {name}: run `make bench` whole")
-    return found
+    whole = not args.quick and set(args.only) == {*PARTS}
+    return ROOT / ("figures" if whole else "out/bench")
 
 
 def write(result: dict, folder: Path):
@@ -782,19 +767,16 @@ def write(result: dict, folder: Path):
 def main() -> int:
     args = parse()
     start = time.perf_counter()
+    result = {"machine": machine(), "quick": args.quick, "seconds": None, "parts": {}}
     args.out = args.out or folder_of(args)
-    result = earlier(args)
     for part in args.only:
         print(part, flush=True)
-        load = round(os.getloadavg()[0], 2)
         try:
-            found = PARTS[part](args)
-            result["parts"][part] = {**found, "load": load, "date": f"{date.today()}"}
+            result["parts"][part] = PARTS[part](args)
         except subprocess.CalledProcessError as error:
             print(f"the main job failed with exit status {error.returncode}", file=sys.stderr)
             return 1
-        if not args.update:
-            result["seconds"] = round(time.perf_counter() - start, 1)
+        result["seconds"] = round(time.perf_counter() - start, 1)
         write(result, args.out)
     print(table_of(result))
     return 0
