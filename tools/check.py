@@ -447,7 +447,8 @@ def test_notebook(path: Path) -> str:
     command = (BIN / "nbdev_test", "--path", path, "--n_workers", "0", "--do_print", "--timing")
     # HF_HUB_OFFLINE makes a test that would download fail at once instead of passing only where
     # there is a network.
-    limits = {"timeout": 60 * TEST_MINUTES, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    limits = {"timeout": 60 * TEST_MINUTES, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     try:
         done = run(*command, **limits)
     except subprocess.TimeoutExpired:
